@@ -1,0 +1,58 @@
+# Two commands need Python 3.11 (or later) and make, nothing else: `make demo` and `make test`.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do command -v $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+UV := .boot/bin/uv
+
+.PHONY: help demo test lint verify generate bench bench-router clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# uv (from PyPI, in an environment of its own) installs the pinned set in seconds.
+$(UV):
+	@test -n "$(PYTHON)" || { echo "Shoal needs Python 3.11 or later, and found none. Install it, or say where it is: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Shoal needs Python 3.11 or later, but $(PYTHON) is $$($(PYTHON) -V). Say where a later one is: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .boot || { rm -rf .boot; echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@free=$$(df -Pk . | awk 'NR==2 {print $$4}'); test "$$free" -gt 9000000 || { echo "Shoal installs about 7 GB (mostly torch), but $$((free / 1000000)) GB are free here. Make room and run the command again."; exit 1; }
+	@.boot/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+
+$(VENV)/run.stamp: $(UV) pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(UV) venv --quiet --python "$(PYTHON)" $(VENV)
+	@echo "Installing Shoal and its pinned dependencies into $(VENV) ..."
+	@$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable ".[all]"
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	@$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable ".[all,bench,dev]"
+	@touch $@
+
+demo: $(VENV)/run.stamp ## serve a small real model on this machine and ask it something
+	@$(BIN)/shoal demo
+
+test: $(VENV)/dev.stamp ## install what the tests need and run them
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+generate: $(VENV)/dev.stamp ## write the files that are generated: CRD, JSON schema, protobuf stubs
+	$(BIN)/python -m shoal.api.generate
+
+verify: $(VENV)/dev.stamp ## regenerate them and fail if the committed ones differ
+	$(BIN)/python -m shoal.api.generate --check
+
+bench: $(VENV)/dev.stamp ## W1 to W4 against the peers that are installed; results under bench/results
+	$(BIN)/python -m bench.engine
+
+bench-router: $(VENV)/dev.stamp ## router overhead against a worker that answers at once
+	$(BIN)/python -m bench.router
+
+clean: ## remove the environments and caches
+	rm -rf .venv .boot .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

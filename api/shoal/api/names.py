@@ -1,0 +1,46 @@
+"""Labels, ports and environment names: where operator, worker, router and people meet.
+
+Labels identify a pod's place in the plan; they never hold state. The revision is the hash of
+everything that changes a worker (see `shoal.operator.build`), so two pods of one revision are
+interchangeable.
+"""
+
+from typing import Final
+
+GROUP: Final = "serving.shoal.dev"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "InferenceService"
+
+# Labels of everything the operator creates.
+LABEL_SERVICE: Final = f"{GROUP}/service"
+LABEL_REVISION: Final = f"{GROUP}/revision"
+LABEL_REPLICA: Final = f"{GROUP}/replica"  # the group of pods that forms one engine
+LABEL_ROLE: Final = f"{GROUP}/role"  # leader | follower | router
+LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
+LABEL_COMPONENT: Final = "app.kubernetes.io/component"  # worker | router | operator
+MANAGER: Final = "shoal-operator"
+
+ROLE_LEADER: Final = "leader"
+ROLE_FOLLOWER: Final = "follower"
+ROLE_ROUTER: Final = "router"
+
+# Ports inside a pod. Where pods share one address the environment below overrides them.
+PORT_ENGINE_GRPC: Final = 9000
+PORT_ENGINE_METRICS: Final = 9001
+PORT_ROUTER_HTTP: Final = 8000
+PORT_ROUTER_GRPC: Final = 8001
+
+# Environment that a pod's process reads.
+ENV_HOST: Final = "SHOAL_HOST"  # address to bind
+ENV_PORT: Final = "SHOAL_PORT"  # the engine's gRPC port, or the router's HTTP port
+ENV_METRICS_PORT: Final = "SHOAL_METRICS_PORT"
+ENV_GRPC_PORT: Final = "SHOAL_GRPC_PORT"  # the router's gRPC port
+ENV_POD_NAME: Final = "SHOAL_POD_NAME"
+ENV_SERVICE: Final = "SHOAL_SERVICE"
+ENV_REVISION: Final = "SHOAL_REVISION"
+ENV_CACHE_DIR: Final = "SHOAL_CACHE_DIR"  # downloaded models
+ENV_LIFELINE: Final = "SHOAL_LIFELINE"  # "stdin": end when standard input ends (see lifeline)
+ENV_LOG_FORMAT: Final = "SHOAL_LOG_FORMAT"  # text | json
+
+NAME_MAX_LENGTH: Final = 40

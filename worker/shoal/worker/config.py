@@ -1,0 +1,24 @@
+"""Engine settings: one dataclass, filled from flags, from `LLM(...)` or from a pod's arguments.
+
+Every field is a key of `spec.engine` (camelCase there) and a flag of `shoal serve` and
+`python -m shoal.worker` (kebab-case there).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Defaults are those of the InferenceService. Sizes are in tokens unless said otherwise."""
+
+    max_model_len: int | None = None  # None: what the model was trained for, at most 8192
+    max_num_seqs: int = 256
+    max_batched_tokens: int = 2048  # a step's token budget
+    block_size: int = 16
+    kv_cache_memory_fraction: float = 0.9
+    kv_cache_blocks: int | None = None  # None: as many as the memory fraction holds
+    dtype: str = "auto"  # auto | bfloat16 | float16 | float32
+    enable_prefix_caching: bool = True
+    max_prefill_tokens: int | None = None  # of one request in one step; None: half the budget
+    threads: int | None = None  # of the CPU backend; None: the cores this process may use
+    memory_limit_bytes: int | None = None  # of the process on a CPU; None: see shoal.worker.memory
