@@ -7,10 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean
+.PHONY: help demo test lint verify generate bench bench-router clean e2e
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 # uv (from PyPI, in an environment of its own) installs the pinned set in seconds.
 $(UV):
@@ -35,6 +35,9 @@ demo: $(VENV)/run.stamp ## serve a small real model on this machine and ask it s
 
 test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
+
+e2e: $(VENV)/dev.stamp ## real processes under load and faults: shoal up, openai client, kill -9
+	@$(BIN)/python -m pytest e2e
 
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
