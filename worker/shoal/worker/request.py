@@ -17,7 +17,7 @@ class SequenceKey(NamedTuple):
     """Names one sequence: the request's id and the sample's index within it."""
 
     request_id: str
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nothing calls
 
 
 class FinishReason(Enum):
@@ -27,6 +27,13 @@ class FinishReason(Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     ERROR = "error"
+
+
+class ErrorCode(Enum):
+    """What a sequence that ended with `FinishReason.ERROR` died of."""
+
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    INTERNAL = "internal"  # this request failed here; another try may succeed
 
 
 class InvalidRequest(ValueError):
@@ -67,7 +74,8 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One request as the wire or `LLM` hands it in. `token_ids` may go beyond the prompt: a
-    migrated request brings the tokens that another replica generated."""
+    migrated request brings the tokens that another replica generated. These count as generated
+    here: `min_tokens` and `max_tokens` are the client's own, counted from `prompt_len`."""
 
     request_id: str
     token_ids: tuple[int, ...]

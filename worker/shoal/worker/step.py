@@ -4,9 +4,13 @@ A plan is a frozen diff that can be pickled to ranks. The executor keeps a row o
 ids, block table, sampling parameters, counts for penalties) for every slot in use; the plan
 says what changed. A sampled token is written to the slot's row by the executor itself, so the
 next plan need not carry it.
+
+What is made per row and step (`Row`, `Sampled`) is a NamedTuple: immutable as the rest, and
+built in a third of a frozen dataclass's time.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shoal.worker.request import SamplingParams
 
@@ -33,8 +37,7 @@ class SlotBlocks:
     block_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """Tokens `start .. start + count` of a slot are computed in this step.
 
     `sample` is set where the last of them is the last token known, so that the next is drawn.
@@ -42,7 +45,7 @@ class Row:
 
     slot: int
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nothing calls
     sample: bool
 
 
@@ -70,8 +73,7 @@ class TokenLogprobs:
     rank: int  # of the chosen token; 1 is the likeliest
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The token drawn for a slot, or why none could be."""
 
     slot: int

@@ -28,7 +28,7 @@ class _FinishReasonEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_FinishRea
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """not finished"""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """end-of-sequence or stop token (which is not among the delta's token ids)"""
+    """end-of-sequence or stop token, which is the last of the delta's token ids"""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 3
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 4
@@ -38,7 +38,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """not finished"""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""end-of-sequence or stop token (which is not among the delta's token ids)"""
+"""end-of-sequence or stop token, which is the last of the delta's token ids"""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
@@ -206,7 +206,7 @@ class Sampling(message.Message):
     seed: builtins.int
     """draws are keyed by (seed, sample index, position); unset: the engine picks one"""
     min_tokens: builtins.int
-    """0"""
+    """0; like max_tokens counted from the end of the prompt (Start.prompt_tokens)"""
     max_tokens: builtins.int
     """until max_model_len"""
     ignore_eos: builtins.bool
