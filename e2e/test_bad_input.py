@@ -1,4 +1,4 @@
-"""Bad input by the hundred: always a 4xx in OpenAI's shape, never a 5xx, and the engine serves on."""
+"""Bad input by the hundred: always a 4xx in OpenAI's shape, and the engine serves on."""
 
 import json
 import socket

@@ -111,8 +111,10 @@ def test_curl_streams(two_replicas: Any) -> None:
     """curl -N reads server-sent events that end with [DONE]."""
     body = json.dumps({"model": "chat", "messages": QUESTION, "max_tokens": 4, "stream": True})
     done = subprocess.run(
-        ["curl", "-sN", "-H", "content-type: application/json", "-d", body]
-        + [f"{two_replicas.url}/v1/chat/completions"],
+        [
+            *("curl", "-sN", "-H", "content-type: application/json", "-d", body),
+            f"{two_replicas.url}/v1/chat/completions",
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -127,9 +129,9 @@ def test_grpc_reflection_is_enough_to_call_the_router(two_replicas: Any) -> None
     with grpc.insecure_channel(f"127.0.0.1:{two_replicas.grpc_port}") as channel:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert "shoal.v1.Router" in database.get_services()
-        method = DescriptorPool(database).FindServiceByName("shoal.v1.Router").methods_by_name[
-            "Chat"
-        ]
+        method = (
+            DescriptorPool(database).FindServiceByName("shoal.v1.Router").methods_by_name["Chat"]
+        )
         request = GetMessageClass(method.input_type)(
             model="chat", messages=[{"role": "user", "content": QUESTION[0]["content"]}]
         )

@@ -19,7 +19,6 @@ from bench.peers.protocol import serve
 from bench.workloads import Prompt, Timing, Workload
 
 BATCH = 2048
-CONTEXT = 32 * 640
 TYPES = {
     "bfloat16": gguf.GGMLQuantizationType.BF16,
     "float32": gguf.GGMLQuantizationType.F32,
@@ -60,40 +59,52 @@ def common_prefix(prompts: tuple[Prompt, ...]) -> int:
 
 
 class Llama:
-    """A context with room for 32 sequences; `run` empties it first."""
+    """A model; each run gets a context made for its workload, outside the time it takes."""
 
     def __init__(self, path: Path, threads: int) -> None:
         lc.llama_backend_init()
-        lc.llama_log_set(lc.llama_log_callback(lambda *_: None), None)
+        self.threads = threads
         model_params = lc.llama_model_default_params()
         self.model = lc.llama_model_load_from_file(str(path).encode(), model_params)
-        params = lc.llama_context_default_params()
-        params.n_ctx = CONTEXT
-        params.n_batch = BATCH
-        params.n_seq_max = 32
-        params.n_threads = params.n_threads_batch = threads
-        params.kv_unified = True
-        self.context = lc.llama_init_from_model(self.model, params)
-        self.memory = lc.llama_get_memory(self.context)
         self.vocabulary = lc.llama_vocab_n_tokens(lc.llama_model_get_vocab(self.model))
         self.batch = lc.llama_batch_init(BATCH, 0, 1)
 
     def run(self, workload: Workload) -> Timing:
-        lc.llama_memory_clear(self.memory, True)
+        shared = common_prefix(workload.prompts)
+        if shared < 64:
+            shared = 0
+        sizes = [len(prompt.token_ids) + prompt.new_tokens for prompt in workload.prompts]
+        params = lc.llama_context_default_params()
+        params.n_batch = BATCH
+        params.n_seq_max = workload.in_flight
+        params.n_threads = params.n_threads_batch = self.threads
+        # One unified cache is what lets sequences share a prefix; apart from that, a cache of
+        # its own for each sequence keeps attention from scanning everybody's tokens.
+        params.kv_unified = bool(shared)
+        params.n_ctx = (
+            shared + sum(size - shared for size in sizes)
+            if shared
+            else workload.in_flight * (max(sizes) + 1)
+        )
+        self.context = lc.llama_init_from_model(self.model, params)
+        self.memory = lc.llama_get_memory(self.context)
+        try:
+            return self._run(workload, shared)
+        finally:
+            lc.llama_free(self.context)
+
+    def _run(self, workload: Workload, shared: int) -> Timing:
         waiting = list(enumerate(workload.prompts))
-        free = list(range(min(32, workload.in_flight)))
+        free = list(range(workload.in_flight))
         active: dict[int, tuple[Prompt, int, int]] = {}  # sequence -> prompt, done, next token
         start = time.perf_counter()
         first = last = 0.0
         new_tokens = 0
-        shared = common_prefix(workload.prompts)
-        if shared >= 64:
+        if shared:
             ids = workload.prompts[0].token_ids[:shared]
             self._decode([(token, i, free[0], False) for i, token in enumerate(ids)])
             for sequence in free[1:]:
                 lc.llama_memory_seq_cp(self.memory, free[0], sequence, 0, shared)
-        else:
-            shared = 0
         while waiting or active:
             rows = []  # token, position, sequence, wants logits
             for sequence, (prompt, done, token) in active.items():
