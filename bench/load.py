@@ -1,15 +1,17 @@
 """An HTTP load generator that costs little: raw sockets, one kept-alive connection a stream.
 
 It does not parse what it need not: a response is over when its chunked body ends, its first
-token is the first event after the role, and events are counted by their prefix.
+token is the first piece of text that is not empty, and events are counted by their prefix.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 END = b"0\r\n\r\n"
+TEXT = re.compile(rb'"(?:content|text)": ?"[^"]')
 
 
 @dataclass
@@ -51,10 +53,10 @@ class _Connection(asyncio.Protocol):
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
-        if not self.begun and b"data: {" in data:
+        if not self.begun and TEXT.search(data):
             self.begun = True
             self.result.first.append(time.perf_counter() - self.sent)
-        self.result.chunks += data.count(b'"object"')
+        self.result.chunks += data.count(b"data: {")
         self.tail = (self.tail + data)[-len(END) :]
         if self.tail == END:
             self.tail = b""
