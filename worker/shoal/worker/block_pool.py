@@ -36,7 +36,7 @@ class BlockPool:
         return self._holders[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Hands out `count` free blocks, each with one holder. The caller has checked `num_free`."""
+        """Hands out `count` free blocks with one holder each. The caller has checked `num_free`."""
         assert count <= self.num_free, f"{count} blocks asked for, {self.num_free} free"
         blocks = []
         for _ in range(count):

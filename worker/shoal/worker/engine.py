@@ -1,0 +1,309 @@
+"""The engine: requests in, deltas out, one step at a time.
+
+    expire -> schedule -> execute -> commit
+
+Synchronous and used by one thread, which calls `step` while `has_work`. A fault of one request
+ends that request. A failed step ends the sequences that were in it; a device that fails three
+steps in a row is given up: everything in flight ends, and the engine is dead.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from heapq import heappop, heappush
+from typing import ClassVar
+
+from shoal.api.blocks import BlockHash, block_hashes, root_hash
+from shoal.worker.config import EngineConfig
+from shoal.worker.executor import Executor
+from shoal.worker.request import (
+    EngineRequest,
+    ErrorCode,
+    FinishReason,
+    InvalidRequest,
+    SequenceKey,
+)
+from shoal.worker.scheduler import EngineStats, Scheduler
+from shoal.worker.sequence import Sequence, SequenceDelta, sequences_of
+from shoal.worker.step import StepPlan
+from shoal.worker.validate import check_config, validate_request
+
+__all__ = [
+    "Engine",
+    "EngineDead",
+    "EngineLoad",
+    "EngineStats",
+    "SequenceDelta",
+    "StepOutput",
+]
+
+log = logging.getLogger(__name__)
+
+# One failed step may be its content's fault (a kernel that a rare shape breaks), and ends only
+# what was in it; the second may meet the same content's sibling. Three in a row, each with other
+# sequences, have nothing in common but the device.
+MAX_FAILURES = 3
+
+
+class EngineDead(RuntimeError):
+    """The device failed for good; only a new process helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What a step brought: at most one delta a sequence, but for one that begins and is
+    cancelled; and the prefix cache's changes."""
+
+    deltas: tuple[SequenceDelta, ...]
+    stored: tuple[BlockHash, ...]
+    removed: tuple[BlockHash, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How busy the engine is. Sequences are counted, not requests."""
+
+    running: int
+    waiting: int
+    blocks_used: int
+    blocks_total: int
+    queued_prefill_tokens: int
+    step_seconds: float  # moving average; 0 before the first step
+    prefill_tokens_per_second: float  # moving average over steps that prefilled; 0: not known yet
+
+
+class Engine:
+    """Owns the scheduler and drives the executor. Not thread-safe."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig,
+        *,
+        revision: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        """`revision` is the salt of every block hash. Raises ValueError for settings that no
+        request could be served with."""
+        check_config(config)
+        self._executor = executor
+        self._config = config
+        self._revision = revision
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._scheduler = Scheduler(config, executor.num_blocks, executor.block_size)
+        self.max_model_len = self._limit_length()  # prompt and generated tokens, of any request
+        self.heartbeat = clock()  # when the last step finished, by the clock given
+        self._requests: dict[str, _InFlight] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap; ended requests stay until theirs
+        self._pending: list[SequenceDelta] = []  # of sequences that ended between steps
+        self._arrivals = 0
+        self._times = _Times()
+        self._failures = 0  # in a row
+        self._dead: str | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to say."""
+        return self._scheduler.has_work or bool(self._pending)
+
+    @property
+    def dead(self) -> str | None:
+        """Why the engine was given up, or None while it serves."""
+        return self._dead
+
+    @property
+    def stats(self) -> EngineStats:
+        """A copy of the totals since the start."""
+        return replace(self._scheduler.counters)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Raises InvalidRequest, or EngineDead."""
+        self._check_alive()
+        executor = self._executor
+        validate_request(
+            request, vocab_size=executor.info.vocab_size, max_model_len=self.max_model_len
+        )
+        request_id = request.request_id
+        if request_id in self._requests or any(
+            delta.key.request_id == request_id for delta in self._pending
+        ):
+            raise InvalidRequest("id", f"id {request_id!r} is in flight already")
+        root = root_hash(self._revision, request.salt)
+        hashes: list[BlockHash] = []
+        if self._config.enable_prefix_caching:
+            hashes = block_hashes(root, request.token_ids, executor.block_size)
+        seed = request.sampling.seed
+        sequences = sequences_of(
+            request,
+            first_arrival=self._arrivals,
+            seed=self._rng.getrandbits(64) if seed is None else seed,
+            eos_token_ids=executor.info.eos_token_ids,
+            max_model_len=self.max_model_len,
+            root=root,
+            hashes=hashes,
+        )
+        self._arrivals += len(sequences)
+        deadline = None
+        if request.deadline_seconds is not None:
+            deadline = self._clock() + request.deadline_seconds
+            heappush(self._deadlines, (deadline, request_id))
+        self._requests[request_id] = _InFlight({seq.key.index: seq for seq in sequences}, deadline)
+        for seq in sequences:
+            self._scheduler.add(seq)
+
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Ends a request, or one of its sequences, and frees its blocks now; a CANCELLED delta
+        comes with the next step. What is unknown or has ended is ignored."""
+        self._end(request_id, index, FinishReason.CANCELLED)
+
+    def step(self) -> StepOutput:
+        """Computes one step, if anybody is running or waiting. Raises EngineDead alone."""
+        self._check_alive()
+        self._expire()
+        deltas, self._pending = self._pending, []
+        if self._scheduler.has_work:
+            deltas += self._run(self._scheduler.schedule())
+        for delta in deltas:
+            if delta.finish is not None:
+                self._forget(delta.key)
+        changes = self._scheduler.blocks.cache.drain()
+        return StepOutput(tuple(deltas), changes.stored, changes.removed)
+
+    def load(self) -> EngineLoad:
+        """Cheap enough for every step."""
+        scheduler, pool = self._scheduler, self._scheduler.blocks.pool
+        return EngineLoad(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            blocks_used=pool.num_used,
+            blocks_total=pool.num_usable,
+            queued_prefill_tokens=scheduler.queued_prefill_tokens,
+            step_seconds=self._times.step_seconds,
+            prefill_tokens_per_second=self._times.prefill_rate,
+        )
+
+    def cached_blocks(self) -> list[BlockHash]:
+        """All blocks that a new request could share, the changes not yet drained included."""
+        return self._scheduler.blocks.cache.hashes()
+
+    def _run(self, plan: StepPlan) -> list[SequenceDelta]:
+        scheduler = self._scheduler
+        num_prefill = plan.num_tokens - scheduler.num_decoding
+        started = self._clock()
+        try:
+            result = self._executor.execute(plan)
+            scheduler.check_result(result)
+        except Exception as error:
+            return self._failed(plan, error)
+        self.heartbeat = self._clock()
+        self._times.add(self.heartbeat - started, num_prefill)
+        self._failures = 0
+        return scheduler.commit(result)
+
+    def _failed(self, plan: StepPlan, error: Exception) -> list[SequenceDelta]:
+        """The plan's sequences end; with the last failure that is borne, all do."""
+        log.error("step %d failed on the device", plan.step, exc_info=error)
+        reason = f"the step failed on the device: {type(error).__name__}: {error}"
+        scheduler = self._scheduler
+        deltas = scheduler.fail(reason)
+        self._failures += 1
+        if self._failures == MAX_FAILURES:
+            self._dead = f"{MAX_FAILURES} steps failed in a row, the last one with: {error}"
+            log.critical("giving the engine up: %s", self._dead)
+            for delta in deltas:
+                self._forget(delta.key)
+            for request_id in list(self._requests):
+                self._end(request_id, None, FinishReason.ERROR, reason, ErrorCode.INTERNAL)
+            deltas += self._pending
+            self._pending = []
+        return deltas
+
+    def _expire(self) -> None:
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            deadline, request_id = heappop(self._deadlines)
+            request = self._requests.get(request_id)
+            # An id may be in use again, by a request with a deadline of its own.
+            if request is not None and request.deadline == deadline:
+                reason = "the request was not finished before its deadline"
+                self._end(request_id, None, FinishReason.ERROR, reason, ErrorCode.DEADLINE_EXCEEDED)
+
+    def _end(
+        self,
+        request_id: str,
+        index: int | None,
+        finish: FinishReason,
+        error: str | None = None,
+        code: ErrorCode | None = None,
+    ) -> None:
+        """Ends a request's sequences, or one of them, between steps."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        for seq in list(request.sequences.values()):
+            if index is None or index == seq.key.index:
+                self._scheduler.end(seq)
+                self._forget(seq.key)
+                self._pending.append(seq.ending(finish, error, code))
+
+    def _forget(self, key: SequenceKey) -> None:
+        """A sequence is no longer in flight. Fine if it is not known (any more)."""
+        request = self._requests.get(key.request_id)
+        if request is not None:
+            request.sequences.pop(key.index, None)
+            if not request.sequences:
+                del self._requests[key.request_id]
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+
+    def _limit_length(self) -> int:
+        info, config, pool = self._executor.info, self._config, self._scheduler.blocks.pool
+        wanted = min(info.max_model_len, config.max_model_len or info.max_model_len)
+        fitting = pool.num_usable * self._executor.block_size
+        if fitting < wanted:
+            log.warning(
+                "max_model_len is lowered from %d to %d: the KV cache of %d blocks of %d tokens "
+                "holds no longer sequence",
+                wanted,
+                fitting,
+                pool.num_usable,
+                self._executor.block_size,
+            )
+        return min(wanted, fitting)
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A request some of whose sequences have not ended."""
+
+    sequences: dict[int, Sequence]
+    deadline: float | None  # by the engine's clock
+
+
+@dataclass(slots=True)
+class _Times:
+    """Exponential moving averages of steps. The rate of prefill is a ratio of two averages, so
+    that a step with one prompt token weighs as little as it computes."""
+
+    step_seconds: float = 0.0
+    _prefill_tokens: float = 0.0
+    _prefill_seconds: float = 0.0
+
+    _WEIGHT: ClassVar[float] = 0.1
+
+    @property
+    def prefill_rate(self) -> float:
+        return self._prefill_tokens / self._prefill_seconds if self._prefill_seconds else 0.0
+
+    def add(self, seconds: float, prefill_tokens: int) -> None:
+        weight = self._WEIGHT if self.step_seconds else 1.0
+        self.step_seconds += weight * (seconds - self.step_seconds)
+        if prefill_tokens:
+            weight = self._WEIGHT if self._prefill_seconds else 1.0
+            self._prefill_tokens += weight * (prefill_tokens - self._prefill_tokens)
+            self._prefill_seconds += weight * (seconds - self._prefill_seconds)
