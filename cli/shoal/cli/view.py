@@ -1,0 +1,110 @@
+"""What is shown of services and pods: pure functions from documents to cells.
+
+A service is its document as in Kubernetes, status included; the columns are those that the CRD
+gives `kubectl get infs`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from shoal.cli.output import format_age
+
+if TYPE_CHECKING:
+    from shoal.operator.local.records import PodRecord
+    from shoal.operator.local.store import Store
+
+Document = Mapping[str, Any]
+
+SERVICE_COLUMNS = ("name", "model", "ready", "replicas", "desired", "canary", "reason", "age")
+SERVICE_COLUMNS_WIDE = (*SERVICE_COLUMNS, "revision", "url", "tp", "pp")
+POD_COLUMNS = ("name", "ready", "status", "restarts", "age")
+POD_COLUMNS_WIDE = (*POD_COLUMNS, "service", "role", "revision", "pid", "address")
+
+
+def service_documents(store: "Store", name: str | None = None) -> list[dict[str, Any]]:
+    """Services with their status, by name; one of them if asked for. [] where there is none."""
+    from shoal.api.types import to_document
+
+    services = store.services() if name is None else [store.get(name)]
+    documents = []
+    for service in services:
+        if service is not None:
+            status = store.status(service.metadata.name) or {}
+            documents.append({**to_document(service), "status": status})
+    return documents
+
+
+def service_cells(document: Document, now: float, *, wide: bool = False) -> list[str]:
+    """One row under SERVICE_COLUMNS, or SERVICE_COLUMNS_WIDE."""
+    metadata, spec = document["metadata"], document["spec"]
+    status = document.get("status") or {}
+    ready = condition_of(status, "Ready") or {}
+    canary = status.get("canary") or {}
+    cells = [
+        metadata["name"],
+        spec["model"]["uri"],
+        ready.get("status", ""),
+        str(status.get("readyReplicas", 0)),
+        str(desired_replicas(document)),
+        f"{canary['weight']}%" if "weight" in canary else "",
+        ready.get("reason", ""),
+        age_of(metadata.get("creationTimestamp"), now),
+    ]
+    if wide:
+        parallelism = spec.get("parallelism") or {}
+        cells += [
+            status.get("activeRevision") or "",
+            status.get("url") or "",
+            str(parallelism.get("tensor", 1)),
+            str(parallelism.get("pipeline", 1)),
+        ]
+    return cells
+
+
+def desired_replicas(document: Document) -> int:
+    """What the service asks for: the autoscaler's number where there is one."""
+    status = document.get("status") or {}
+    autoscaling = status.get("autoscaling") or {}
+    return int(autoscaling.get("desired", document["spec"].get("replicas", 1)))
+
+
+def condition_of(status: Document, kind: str) -> dict[str, Any] | None:
+    """The condition of that type, where the status has it."""
+    conditions: Sequence[dict[str, Any]] = status.get("conditions") or ()
+    return next((found for found in conditions if found.get("type") == kind), None)
+
+
+def pod_cells(pod: "PodRecord", now: float, *, wide: bool = False) -> list[str]:
+    """One row under POD_COLUMNS, or POD_COLUMNS_WIDE."""
+    cells = [
+        pod.name,
+        "1/1" if pod.ready else "0/1",
+        pod_status(pod),
+        str(pod.restarts),
+        format_age(now - pod.created),
+    ]
+    if wide:
+        pid = "" if pod.pid is None else str(pod.pid)
+        cells += [pod.service, pod.role, pod.revision, pid, pod.address or ""]
+    return cells
+
+
+def pod_status(pod: "PodRecord") -> str:
+    """One word: the reason where there is one (CrashLoopBackOff), else the phase."""
+    if pod.reason:
+        return pod.reason
+    return "Starting" if pod.phase == "Running" and not pod.ready else pod.phase
+
+
+def pod_document(pod: "PodRecord") -> dict[str, Any]:
+    """The record of a pod as JSON values."""
+    return {"kind": "Pod", **asdict(pod)}
+
+
+def age_of(timestamp: object, now: float) -> str:
+    """The age of an RFC 3339 timestamp; empty where there is none."""
+    if not isinstance(timestamp, str):
+        return ""
+    return format_age(now - datetime.fromisoformat(timestamp).timestamp())
