@@ -1,0 +1,67 @@
+"""Revisions: names for everything that changes a worker.
+
+Two specs have one revision if their workers are interchangeable. What only the router or the
+operator acts on (names, replicas, routing, rollout, prices) is left out, and so are defaults: a
+field that is spelled out as its default, or that a later release adds, changes nothing.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any, Final
+
+from pydantic.main import IncEx
+
+from shoal.api.quantity import parse_quantity
+from shoal.api.types import InferenceServiceSpec
+
+REVISION_LENGTH: Final = 10
+_WORKER: Final[IncEx] = {
+    "model": {"uri", "revision", "adapters"},
+    "engine": True,
+    "parallelism": True,
+    "resources": True,
+    "cache": True,
+    "pod_overlay": True,
+}
+_QUANTITIES: Final = ("cpu", "memory", "shm")
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A revision and the spec it was made from, so that its pods can be made again."""
+
+    name: str
+    created: datetime
+    spec: InferenceServiceSpec
+
+    def to_document(self) -> dict[str, Any]:
+        spec = self.spec.model_dump(by_alias=True, exclude_unset=True, mode="json")
+        return {"name": self.name, "created": self.created.isoformat(), "spec": spec}
+
+    @classmethod
+    def from_document(cls, document: dict[str, Any]) -> "Revision":
+        """Reads what `to_document` made; ValueError or KeyError for anything else."""
+        return cls(
+            document["name"],
+            datetime.fromisoformat(document["created"]).astimezone(UTC),
+            InferenceServiceSpec.model_validate(document["spec"]),
+        )
+
+
+def revision_of(spec: InferenceServiceSpec) -> str:
+    """The revision of a spec: 10 hexadecimal digits."""
+    text = json.dumps(_normal_form(spec), sort_keys=True, separators=(",", ":"))
+    return blake2b(text.encode(), digest_size=REVISION_LENGTH // 2).hexdigest()
+
+
+def _normal_form(spec: InferenceServiceSpec) -> dict[str, Any]:
+    worker: dict[str, Any] = spec.model_dump(
+        by_alias=True, mode="json", exclude_defaults=True, include=_WORKER
+    )
+    resources = worker.get("resources", {})
+    for name in _QUANTITIES:
+        if name in resources:
+            resources[name] = f"{parse_quantity(resources[name]).normalize():f}"
+    return {key: value for key, value in worker.items() if value != {}}

@@ -1,0 +1,224 @@
+"""Status: what people and scripts read of a service, as a pure function of what was observed.
+
+Conditions, never a phase. Messages hold no clock and no counter that runs by itself, so that
+nothing is written while nothing changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from shoal.api.types import (
+    Condition,
+    ConditionStatus,
+    ConditionType,
+    InferenceService,
+    InferenceServiceStatus,
+)
+from shoal.operator.build import selector
+from shoal.operator.observe import Observed, ObservedPod
+from shoal.operator.rollout import Bounds
+
+TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
+CRASH_LOOP: Final = "CrashLoopBackOff"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the spec is not acted on."""
+
+    reason: str  # NotSupported | ModelIdTaken
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """One service's state, counted once for all conditions."""
+
+    service: InferenceService
+    observed: Observed
+    bounds: Bounds
+    target: str | None  # the revision that is being brought about; None: there is none
+    active: str | None  # the revision that served last at full strength
+    refusals: Sequence[Refusal]
+
+    @property
+    def staying(self) -> list[ObservedPod]:
+        return [pod for pod in self.observed.pods if not pod.retiring]
+
+    @property
+    def ready(self) -> int:
+        return sum(pod.ready for pod in self.staying)
+
+    @property
+    def routable(self) -> int:
+        return sum(map(self.observed.routable, self.staying))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the target revision serves at full strength, alone."""
+        staying = self.staying
+        return (
+            self.target is not None
+            and len(staying) == self.bounds.replicas
+            and all(p.revision == self.target and self.observed.routable(p) for p in staying)
+            and all(p.revision == self.target for p in self.observed.pods)
+        )
+
+    @property
+    def failing(self) -> list[ObservedPod]:
+        return [pod for pod in self.staying if pod.reason == CRASH_LOOP]
+
+
+def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
+    """The status to show; transition times move only where a condition's status does."""
+    observed, generation = situation.observed, situation.service.metadata.generation or 0
+    before = observed.status
+    active, previous = before.active_revision, before.previous_revision
+    if situation.complete and situation.target != active:
+        active, previous = situation.target, active
+    return InferenceServiceStatus(
+        observed_generation=generation,
+        replicas=sum(not pod.deleting for pod in observed.pods),
+        ready_replicas=situation.ready,
+        routable_replicas=situation.routable,
+        selector=selector(situation.service.name),
+        url=observed.url,
+        active_revision=active,
+        previous_revision=previous,
+        conditions=tuple(
+            _dated(condition, before, generation, now) for condition in _conditions(situation)
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    type: ConditionType
+    status: ConditionStatus
+    reason: str
+    message: str
+
+
+def _conditions(situation: Situation) -> list[_Verdict]:
+    return [
+        _ready(situation),
+        _model_cached(situation),
+        _replicas_ready(situation),
+        _routable(situation),
+        _progressing(situation),
+        _degraded(situation),
+    ]
+
+
+def _ready(situation: Situation) -> _Verdict:
+    kind, wanted = ConditionType.READY, situation.bounds.replicas
+    if situation.refusals:
+        return _refused(kind, situation)
+    if not wanted:
+        return _Verdict(kind, FALSE, "ScaledToZero", "spec.replicas is 0")
+    if situation.routable >= max(1, situation.bounds.floor):
+        message = f"{situation.routable} of {wanted} replicas take requests"
+        return _Verdict(kind, TRUE, "Serving", message)
+    cause = _replicas_ready(situation)
+    if cause.status is TRUE:
+        cause = _routable(situation)
+    return _Verdict(kind, FALSE, cause.reason, cause.message)
+
+
+def _model_cached(situation: Situation) -> _Verdict:
+    """A worker fetches its model before it loads it, so one that is ready proves the copy."""
+    loaded = any(pod.ready and pod.revision == situation.target for pod in situation.staying)
+    kind, uri = ConditionType.MODEL_CACHED, situation.service.spec.model.uri
+    if loaded or (situation.target is not None and situation.target == situation.active):
+        return _Verdict(kind, TRUE, "Loaded", f"{uri} is here")
+    return _Verdict(kind, UNKNOWN, "NotLoadedYet", f"no replica has loaded {uri} yet")
+
+
+def _replicas_ready(situation: Situation) -> _Verdict:
+    kind, wanted = ConditionType.REPLICAS_READY, situation.bounds.replicas
+    message = f"{situation.ready} of {wanted} replicas are ready"
+    if situation.ready >= wanted:
+        return _Verdict(kind, TRUE, "AllReady", message)
+    waiting = sorted(
+        (pod for pod in situation.staying if not pod.ready),
+        key=lambda pod: (pod.reason != CRASH_LOOP, pod.name),
+    )
+    if not waiting:
+        return _Verdict(kind, FALSE, "TooFewReplicas", message)
+    first = waiting[0]
+    return _Verdict(kind, FALSE, first.reason or "Starting", f"{message}; {_pod_sentence(first)}")
+
+
+def _routable(situation: Situation) -> _Verdict:
+    kind, routable = ConditionType.ROUTABLE, situation.routable
+    if routable:
+        return _Verdict(kind, TRUE, "Admitted", f"routers send requests to {routable} replicas")
+    if not situation.bounds.replicas:
+        return _Verdict(kind, FALSE, "ScaledToZero", "spec.replicas is 0")
+    if not situation.ready:
+        return _Verdict(kind, FALSE, "NotReady", "no replica is ready")
+    if not situation.observed.routers:
+        return _Verdict(kind, FALSE, "NoRouter", "no router answers")
+    return _Verdict(kind, FALSE, "NotAdmitted", "no router has connected to a ready replica yet")
+
+
+def _progressing(situation: Situation) -> _Verdict:
+    kind, target = ConditionType.PROGRESSING, situation.target
+    if situation.refusals:
+        return _refused(kind, situation)
+    if situation.service.spec.paused:
+        return _Verdict(kind, UNKNOWN, "Paused", "spec.paused holds back new revisions")
+    if situation.complete:
+        message = f"revision {target} serves with {situation.bounds.replicas} replicas"
+        return _Verdict(kind, TRUE, "Complete", message)
+    if failing := [pod for pod in situation.failing if pod.revision == target]:
+        return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
+    mine = [pod for pod in situation.staying if pod.revision == target]
+    routable = sum(map(situation.observed.routable, mine))
+    others = len(situation.observed.pods) - len(mine)
+    message = f"revision {target}: {routable} of {situation.bounds.replicas} replicas take requests"
+    return _Verdict(kind, TRUE, "RollingOut", message + (f"; {others} leave" if others else ""))
+
+
+def _degraded(situation: Situation) -> _Verdict:
+    kind = ConditionType.DEGRADED
+    if situation.refusals:
+        refusal = situation.refusals[0]
+        return _Verdict(kind, TRUE, refusal.reason, _sentences(situation.refusals))
+    if situation.failing:
+        return _Verdict(kind, TRUE, "ReplicaFails", _pod_sentence(situation.failing[0]))
+    if situation.active is not None and situation.bounds.replicas and not situation.routable:
+        return _Verdict(kind, TRUE, "NobodyServes", _ready(situation).message)
+    return _Verdict(kind, FALSE, "AsWanted", "")
+
+
+def _refused(kind: ConditionType, situation: Situation) -> _Verdict:
+    return _Verdict(kind, FALSE, situation.refusals[0].reason, _sentences(situation.refusals))
+
+
+def _sentences(refusals: Sequence[Refusal]) -> str:
+    return "; ".join(refusal.message for refusal in refusals)
+
+
+def _pod_sentence(pod: ObservedPod) -> str:
+    return f"{pod.name}: {pod.message or pod.reason or 'starting'}"
+
+
+def _dated(
+    verdict: _Verdict, before: InferenceServiceStatus, generation: int, now: float
+) -> Condition:
+    last = before.condition(verdict.type)
+    if last is not None and last.status is verdict.status:
+        moved = last.last_transition_time
+    else:
+        moved = datetime.fromtimestamp(int(now), UTC)
+    return Condition(
+        type=verdict.type,
+        status=verdict.status,
+        reason=verdict.reason,
+        message=verdict.message,
+        last_transition_time=moved,
+        observed_generation=generation,
+    )

@@ -1,0 +1,78 @@
+"""The route table of a service: which pods routers may use, and how."""
+
+from collections import Counter
+
+from shoal.api.routes import Endpoint, RouteTable
+from shoal.api.types import InferenceService
+from shoal.operator.observe import Observed
+
+
+def route_table(
+    service: InferenceService, observed: Observed, leaving: frozenset[str]
+) -> RouteTable:
+    """The table that should be in force; pods that are `leaving` are marked as draining.
+
+    A pod enters when it is ready for the first time and stays until it is gone, so that a
+    router can tell when its last request has ended. Revisions share new requests by the number
+    of their replicas. The generation is the present one if nothing changes, else the next.
+    """
+    routing = service.spec.routing
+    table = RouteTable(
+        service=service.name,
+        models=service.model_ids,
+        policy=routing.policy,
+        session_header=routing.session_header,
+        max_retries=routing.max_retries,
+        migration_limit=routing.migration_limit,
+    )
+    return _numbered(_over_pods(table, observed, leaving), observed.table)
+
+
+def frozen_table(observed: Observed, leaving: frozenset[str]) -> RouteTable | None:
+    """The table in force with its names and policy, over the pods that are there; None if there
+    is none. Names that an older service claims are given up: no name leads to two services."""
+    if observed.table is None:
+        return None
+    claimed = {claim.model_id for claim in observed.claims}
+    models = tuple(model for model in observed.table.models if model not in claimed)
+    table = observed.table.model_copy(update={"models": models})
+    return _numbered(_over_pods(table, observed, leaving), observed.table)
+
+
+def closed_table(observed: Observed) -> RouteTable | None:
+    """The table of a service that is being removed: no names, every endpoint draining."""
+    if observed.table is None:
+        return None
+    leaving = frozenset(pod.name for pod in observed.pods)
+    table = observed.table.model_copy(update={"models": ()})
+    return _numbered(_over_pods(table, observed, leaving), observed.table)
+
+
+def _over_pods(table: RouteTable, observed: Observed, leaving: frozenset[str]) -> RouteTable:
+    known = {e.name: e.address for e in observed.table.endpoints} if observed.table else {}
+    endpoints = []
+    for pod in sorted(observed.pods, key=lambda pod: pod.name):
+        # Between two of its processes a pod has no address: the last one stands.
+        address = pod.address or known.get(pod.name)
+        enters = pod.ready and pod.name not in leaving
+        if address is not None and (pod.name in known or enters):
+            endpoints.append(
+                Endpoint(
+                    name=pod.name,
+                    address=address,
+                    revision=pod.revision,
+                    draining=pod.name in leaving,
+                )
+            )
+    shares = Counter(e.revision for e in endpoints if not e.draining)
+    weights = dict(sorted(shares.items()))
+    return table.model_copy(update={"endpoints": tuple(endpoints), "weights": weights})
+
+
+def _numbered(table: RouteTable, current: RouteTable | None) -> RouteTable:
+    if current is None:
+        return table.model_copy(update={"generation": 1})
+    same = table.model_copy(update={"generation": current.generation})
+    if same == current:
+        return current
+    return table.model_copy(update={"generation": current.generation + 1})
