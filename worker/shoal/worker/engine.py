@@ -115,7 +115,6 @@ class Engine:
         """Why the engine was given up, or None while it serves."""
         return self._dead
 
-    @property
     def stats(self) -> EngineStats:
         """A copy of the totals since the start."""
         return replace(self._scheduler.counters)

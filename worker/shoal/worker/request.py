@@ -74,8 +74,8 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
     """One request as the wire or `LLM` hands it in. `token_ids` may go beyond the prompt: a
-    migrated request brings the tokens that another replica generated. These count as generated
-    here: `min_tokens` and `max_tokens` are the client's own, counted from `prompt_len`."""
+    migrated request brings the tokens that another replica generated. `min_tokens` and
+    `max_tokens` are what is left of them then: they count from the end of `token_ids`."""
 
     request_id: str
     token_ids: tuple[int, ...]

@@ -5,7 +5,7 @@ limits its sequences end at, and the seeds of their draws.
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from shoal.api.blocks import BlockHash
@@ -128,11 +128,15 @@ def sequences_of(
     hashes: list[BlockHash],
 ) -> list[Sequence]:
     """The `n` sequences of a validated request, in the order of their indices."""
+    brought = len(request.token_ids) - request.prompt_len  # generated elsewhere
     sampling = request.sampling
+    if brought and sampling.min_tokens:
+        # From here on it counts from the prompt's end, as what is generated does.
+        sampling = replace(sampling, min_tokens=sampling.min_tokens + brought)
     eos = () if sampling.ignore_eos else eos_token_ids
     limit = max_model_len
     if sampling.max_tokens is not None:
-        limit = min(limit, request.prompt_len + sampling.max_tokens)
+        limit = min(limit, len(request.token_ids) + sampling.max_tokens)
     wants_prompt = sampling.prompt_logprobs is not None
     return [
         Sequence(

@@ -46,13 +46,6 @@ def validate_request(request: EngineRequest, *, vocab_size: int, max_model_len: 
     if request.deadline_seconds is not None:
         _number("deadline_seconds", request.deadline_seconds, 0.0, math.inf, low_open=True)
     validate_sampling(request.sampling, vocab_size=vocab_size)
-    max_tokens = request.sampling.max_tokens
-    if max_tokens is not None and length - request.prompt_len >= max_tokens:
-        raise InvalidRequest(
-            "sampling.max_tokens",
-            f"max_tokens is {max_tokens}, but {length - request.prompt_len} tokens were generated "
-            "already: nothing is left to do",
-        )
 
 
 def validate_sampling(sampling: SamplingParams, *, vocab_size: int) -> None:

@@ -206,7 +206,7 @@ class Sampling(message.Message):
     seed: builtins.int
     """draws are keyed by (seed, sample index, position); unset: the engine picks one"""
     min_tokens: builtins.int
-    """0; like max_tokens counted from the end of the prompt (Start.prompt_tokens)"""
+    """0; like max_tokens counted from the end of token_ids: a migrated request says what is left"""
     max_tokens: builtins.int
     """until max_model_len"""
     ignore_eos: builtins.bool
