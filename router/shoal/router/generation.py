@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from shoal.api.v1 import engine_pb2
 
 if TYPE_CHECKING:
+    from shoal.router.piece import Piece
     from shoal.router.text import TextModel
 
 
@@ -111,6 +112,7 @@ class Generation:
         "arrived_at",
         "endpoint",
         "first_at",
+        "pieces",
         "request",
         "revision",
         "samples",
@@ -121,6 +123,7 @@ class Generation:
         self.request = request
         self.samples = [Sample(index) for index in range(request.n)]
         self.unfinished = request.n
+        self.pieces: list[Piece] = []  # where the unfinished samples are: queued or on a replica
         self.arrived_at = now
         self.first_at = 0.0  # when the first token came; 0: none yet
         self.revision = ""  # of the replica that serves it; empty while it is queued
@@ -138,9 +141,7 @@ class Generation:
     @property
     def done(self) -> bool:
         """Every sample has ended and everything it brought has been read."""
-        return self._closed or (
-            not self.unfinished and not self._ready and self._error is None
-        )
+        return self._closed or (not self.unfinished and not self._ready and self._error is None)
 
     @property
     def settled(self) -> bool:
@@ -167,22 +168,25 @@ class Generation:
         return outputs
 
     def cancel(self, index: int | None = None) -> None:
-        """Ends the request, or one sample: its replica frees it within a step. Idempotent."""
+        """Ends the request, or one sample: its replica frees it within a step. Idempotent.
+
+        With an index: the reader has enough of that sample (a stop string, say), which counts as
+        success. Without: the client is gone.
+        """
+        settled = self.settled
         if index is None:
-            if self._closed:
-                return
             self._closed = True
             self._ready.clear()
         else:
-            sample = self.samples[index]
             self._ready = [output for output in self._ready if output.index != index]
+            sample = self.samples[index]
             if sample.finished:
                 return
             sample.finished = True
             self.unfinished -= 1
-        if self._error is None:
+        if not settled:
             self._canceller.cancel(self, index)
-        self._wake()
+            self._wake()
 
     def deliver(self, output: Output) -> None:
         """Takes what a sample brought; the last delta of a sample has `finish` set."""

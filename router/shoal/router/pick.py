@@ -1,0 +1,200 @@
+"""Filter, score, pick: the choice of a replica, as a pure function of a frozen snapshot.
+
+Filter: admitted replicas that have room, of an allowed revision, not excluded by an earlier
+attempt (unless all are). Score: the time to first token predicted for each,
+
+    (queued prefill tokens + own uncached tokens) / prefill rate      the work ahead of it
+    + step seconds * (1 + in flight / slots)                          what decoding adds
+
+Pick, by policy. `PrefixAware`: among the replicas that hold (nearly) the longest prefix, the one
+predicted soonest, unless it is later by more than `load_limit_seconds` than the soonest of all:
+a hot prefix then spreads instead of melting one replica. `LeastRequests` and `RoundRobin` are
+what they say. Ties break at random, by the injected generator.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import NamedTuple
+
+from shoal.api.routes import RoutingPolicy
+
+DEFAULT_PREFILL_RATE = 2000.0  # tokens per second, until a replica has measured its own
+DEFAULT_STEP_SECONDS = 0.02
+TIE_SECONDS = 0.001  # predictions closer than this, or than TIE_RATIO, are equal
+TIE_RATIO = 0.05
+
+
+class Candidate(NamedTuple):
+    """What is known of one replica at the moment of the choice."""
+
+    name: str
+    revision: str
+    in_flight: int = 0  # sequences of this router
+    slots: int = 1  # sequences it runs at once
+    waiting: int = 0  # sequences its engine has not started, as last reported
+    queued_prefill_tokens: int = 0
+    prefill_tokens_per_second: float = 0.0  # 0: not measured yet
+    step_seconds: float = 0.0  # 0: not measured yet
+    ejected: bool = False  # failed lately; taken only where every other is too
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the choice needs to know of one request."""
+
+    tokens: int  # to prefill, where nothing is cached
+    sequences: int = 1
+    revision: str | None = None  # only this one
+    session: str | None = None
+    avoid: frozenset[str] = frozenset()  # replicas that failed this very request
+
+
+@dataclass(frozen=True, slots=True)
+class PickSettings:
+    policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE
+    load_limit_seconds: float = 0.5  # how much later than the soonest affinity may make it
+    affinity_share: float = 0.8  # of the longest match that still counts as holding the prefix
+
+
+def has_room(candidate: Candidate, sequences: int) -> bool:
+    """The rule of late binding: a replica is handed what fits its slots plus an eighth of them
+    (so that a slot that frees is filled without a round trip), and nothing while its engine
+    reports more than that eighth waiting (its cache is full). An idle one takes any request."""
+    spare = max(1, candidate.slots // 8)
+    if not candidate.in_flight:
+        return True
+    return candidate.in_flight + sequences <= candidate.slots + spare and (
+        candidate.waiting <= spare
+    )
+
+
+def predicted_ttft(candidate: Candidate, tokens: int, fallback_rate: float) -> float:
+    """Seconds until a request with this many uncached tokens would see its first token."""
+    rate = candidate.prefill_tokens_per_second or fallback_rate
+    step = candidate.step_seconds or DEFAULT_STEP_SECONDS
+    pressure = 1.0 + candidate.in_flight / max(1, candidate.slots)
+    return (candidate.queued_prefill_tokens + tokens) / rate + step * pressure
+
+
+def eligible(candidates: Sequence[Candidate], demand: Demand) -> list[Candidate]:
+    """The filter. Ejected and avoided replicas come back where nothing else has the room."""
+    fits = [
+        candidate
+        for candidate in candidates
+        if (demand.revision is None or candidate.revision == demand.revision)
+        and has_room(candidate, demand.sequences)
+    ]
+    sound = [c for c in fits if not c.ejected and c.name not in demand.avoid]
+    if sound or not fits:
+        return sound
+    # A sound replica that is merely full is worth waiting for; one that fails is not better.
+    if any(
+        not c.ejected
+        and c.name not in demand.avoid
+        and (demand.revision is None or c.revision == demand.revision)
+        for c in candidates
+    ):
+        return []
+    return [c for c in fits if not c.ejected] or fits
+
+
+def pick(
+    candidates: Sequence[Candidate],
+    demand: Demand,
+    cached_tokens: Mapping[str, int],
+    settings: PickSettings,
+    rng: random.Random,
+    turn: int = 0,
+) -> Candidate | None:
+    """The replica to use, or None where the request had better wait.
+
+    `cached_tokens` says how many of the demand's tokens each replica holds (absent: none);
+    `turn` counts picks and drives round robin.
+    """
+    choice = eligible(candidates, demand)
+    if len(choice) <= 1:
+        return choice[0] if choice else None
+    if demand.session is not None:
+        session = demand.session
+        home = max(choice, key=lambda c: _rendezvous(session, c.name))
+        soonest = _Soonest(choice, demand.tokens, cached_tokens)
+        if soonest.of(home) <= soonest.least + settings.load_limit_seconds:
+            return home
+    match settings.policy:
+        case RoutingPolicy.ROUND_ROBIN:
+            return sorted(choice)[turn % len(choice)]
+        case RoutingPolicy.LEAST_REQUESTS:
+            return _least_in_flight(choice, rng)
+        case RoutingPolicy.PREFIX_AWARE:
+            soonest = _Soonest(choice, demand.tokens, cached_tokens)
+            return _prefix_aware(choice, soonest, cached_tokens, settings, rng)
+
+
+def draw_revision(weights: Mapping[str, int], share: float) -> str | None:
+    """The revision whose part of [0, 1) holds `share`; None where nothing has a weight."""
+    total = sum(weight for weight in weights.values() if weight > 0)
+    if not total:
+        return None
+    point = share * total
+    for revision in sorted(weights):
+        point -= max(0, weights[revision])
+        if point < 0:
+            return revision
+    return max(revision for revision in weights if weights[revision] > 0)
+
+
+def share_of(session: str) -> float:
+    """A session's fixed place in [0, 1), so that it keeps its revision."""
+    digest = blake2b(session.encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48
+
+
+class _Soonest:
+    """Predictions for all choices, made once."""
+
+    def __init__(
+        self, choice: Sequence[Candidate], tokens: int, cached_tokens: Mapping[str, int]
+    ) -> None:
+        measured = [c.prefill_tokens_per_second for c in choice if c.prefill_tokens_per_second]
+        fallback = sum(measured) / len(measured) if measured else DEFAULT_PREFILL_RATE
+        self._seconds = {
+            c.name: predicted_ttft(c, tokens - cached_tokens.get(c.name, 0), fallback)
+            for c in choice
+        }
+        self.least = min(self._seconds.values())
+
+    def of(self, candidate: Candidate) -> float:
+        return self._seconds[candidate.name]
+
+
+def _prefix_aware(
+    choice: Sequence[Candidate],
+    soonest: _Soonest,
+    cached_tokens: Mapping[str, int],
+    settings: PickSettings,
+    rng: random.Random,
+) -> Candidate:
+    longest = max((cached_tokens.get(c.name, 0) for c in choice), default=0)
+    if longest:
+        limit = soonest.least + settings.load_limit_seconds
+        holders = [
+            c
+            for c in choice
+            if cached_tokens.get(c.name, 0) >= settings.affinity_share * longest
+            and soonest.of(c) <= limit
+        ]
+        choice = holders or choice
+    least = min(soonest.of(c) for c in choice)
+    tie = least + max(TIE_SECONDS, TIE_RATIO * least)
+    return _least_in_flight([c for c in choice if soonest.of(c) <= tie], rng)
+
+
+def _least_in_flight(choice: Sequence[Candidate], rng: random.Random) -> Candidate:
+    least = min(c.in_flight for c in choice)
+    return rng.choice([c for c in choice if c.in_flight == least])
+
+
+def _rendezvous(session: str, name: str) -> bytes:
+    return blake2b(f"{session}\0{name}".encode(), digest_size=8).digest()
