@@ -23,6 +23,7 @@ def command(filenames: tuple[str, ...], output: str | None, store: "Store") -> N
     """
     from shoal.api.types import to_document
     from shoal.cli.manifests import load
+    from shoal.operator.unsupported import unsupported
 
     services = load(filenames)
     results = [(service.metadata.name, store.apply(service)) for service in services]
@@ -34,6 +35,9 @@ def command(filenames: tuple[str, ...], output: str | None, store: "Store") -> N
     else:
         for name, result in results:
             click.echo(f"{RESOURCE}/{name}" + ("" if output == "name" else f" {result}"))
+    for service in services:
+        for sentence in unsupported(service.spec):
+            click.echo(f"Warning: {service.metadata.name}: {sentence}", err=True)
     warn_if_nothing_runs(store)
 
 

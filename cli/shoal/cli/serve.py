@@ -58,6 +58,7 @@ def command(
     MODEL is py://package, hf://org/name, file:///path or a plain path.
     """
     from shoal.api.types import parse_document
+    from shoal.operator.unsupported import unsupported
 
     uri = model_uri(model)
     spec: dict[str, Any] = {
@@ -74,6 +75,8 @@ def command(
         "spec": {key: value for key, value in spec.items() if value != {}},
     }
     service = parse_document(document)
+    if missing := unsupported(service.spec):
+        raise UsageError("\n".join(missing))
     if dry_run:
         click.echo(format_data(document, "yaml"))
         return

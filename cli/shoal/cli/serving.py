@@ -11,7 +11,7 @@ import click
 
 from shoal.api.lifeline import watch_lifeline
 from shoal.api.names import PORT_ROUTER_GRPC, PORT_ROUTER_HTTP
-from shoal.cli.errors import CliError
+from shoal.cli.errors import CliError, UsageError
 
 if TYPE_CHECKING:
     from shoal.api.types import InferenceService
@@ -82,6 +82,7 @@ def run(
     from shoal.operator.local.store import SupervisorRuns
 
     watch_lifeline()
+    refuse_if_hopeless(services)
     running = store.supervisor()
     if running is not None:
         raise CliError(f"{SupervisorRuns(store.root, running)}\nOr add to it: shoal apply -f FILE")
@@ -106,6 +107,17 @@ def run(
         raise
     store.forget_services()
     click.get_current_context().exit(code)
+
+
+def refuse_if_hopeless(services: Sequence["InferenceService"]) -> None:
+    """Raises where every service asks for what this release does not have; with one that can be
+    served, the others get a condition that says so."""
+    from shoal.operator.unsupported import unsupported
+
+    missing = {service.metadata.name: unsupported(service.spec) for service in services}
+    if services and all(missing.values()):
+        lines = [f"{name}: {sentence}" for name, all_ in missing.items() for sentence in all_]
+        raise UsageError("\n".join(lines))
 
 
 async def _supervise(
