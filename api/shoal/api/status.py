@@ -1,0 +1,103 @@
+"""What the operator tells about an InferenceService."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AwareDatetime, Field
+
+from shoal.api.base import ApiModel, Unique
+
+
+class ConditionStatus(StrEnum):
+    """Whether a condition holds."""
+
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class ConditionType(StrEnum):
+    """The conditions that the operator sets."""
+
+    READY = "Ready"
+    MODEL_CACHED = "ModelCached"
+    REPLICAS_READY = "ReplicasReady"
+    ROUTABLE = "Routable"
+    PROGRESSING = "Progressing"
+    CANARY_HEALTHY = "CanaryHealthy"
+    SCALING_ACTIVE = "ScalingActive"
+    DEGRADED = "Degraded"
+
+
+class Condition(ApiModel):
+    """One aspect of the service's state. As in Kubernetes' meta/v1."""
+
+    type: ConditionType = Field(description="What the condition is about.")
+    status: ConditionStatus = Field(description="Whether it holds.")
+    reason: str = Field(
+        pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$",
+        max_length=1024,
+        description="Why, as one CamelCase word for machines.",
+    )
+    message: str = Field(
+        default="", max_length=32_768, description="Why, as a sentence for people."
+    )
+    last_transition_time: AwareDatetime = Field(description="When status last changed.")
+    observed_generation: int = Field(
+        default=0, ge=0, description="metadata.generation that the condition was computed from."
+    )
+
+
+class CanaryStatus(ApiModel):
+    """Where a canary stands."""
+
+    revision: str = Field(description="Revision on trial.")
+    weight: int = Field(ge=0, le=100, description="Percent of new requests it gets.")
+    step: int = Field(ge=0, description="Index of the current step, from 0.")
+    last_analysis: str | None = Field(
+        default=None, description="Outcome of the last look, as a sentence."
+    )
+
+
+class AutoscalingStatus(ApiModel):
+    """What the autoscaler decided last."""
+
+    desired: int = Field(ge=0, description="Replicas it wants.")
+    last_scale_time: AwareDatetime | None = Field(
+        default=None, description="When the number of replicas last changed."
+    )
+    reason: str = Field(default="", description="Which metric or bound decided.")
+
+
+class InferenceServiceStatus(ApiModel):
+    """What the operator last saw."""
+
+    observed_generation: int = Field(
+        default=0, ge=0, description="metadata.generation that the status was computed from."
+    )
+    replicas: int = Field(default=0, ge=0, description="Replicas that exist, ready or not.")
+    ready_replicas: int = Field(default=0, ge=0, description="Replicas whose engine is ready.")
+    routable_replicas: int = Field(
+        default=0, ge=0, description="Ready replicas that the routers have admitted."
+    )
+    selector: str | None = Field(
+        default=None, description="Label selector of the leader pods, for the scale subresource."
+    )
+    url: str | None = Field(
+        default=None, description="Base URL of the OpenAI API that serves the model."
+    )
+    active_revision: str | None = Field(default=None, description="Revision that serves.")
+    previous_revision: str | None = Field(default=None, description="Revision that served before.")
+    canary: CanaryStatus | None = Field(default=None, description="The canary under way, if any.")
+    autoscaling: AutoscalingStatus | None = Field(
+        default=None, description="What the autoscaler decided last."
+    )
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16), Unique("type")] = Field(
+        default=(),
+        description="Ready, ModelCached, ReplicasReady, Routable, Progressing, CanaryHealthy, "
+        "ScalingActive and Degraded, as far as they apply.",
+    )
+
+    def condition(self, type: ConditionType) -> Condition | None:
+        """The condition of that type, where it is set."""
+        return next((c for c in self.conditions if c.type == type), None)
