@@ -1,0 +1,225 @@
+"""`python -m shoal.worker`: one engine behind a gRPC port.
+
+    listen -> load -> serve -> (SIGTERM) drain -> exit
+
+The port answers health checks from the first moment, NOT_SERVING until the model is loaded.
+SIGTERM or SIGINT drains, a second one ends the process at once.
+"""
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Never
+
+from shoal.api import names
+from shoal.api.lifeline import watch_lifeline
+from shoal.worker import logs
+from shoal.worker.config import EngineConfig
+from shoal.worker.flags import add_engine_flags, engine_config
+from shoal.worker.logs import event
+from shoal.worker.metrics import WorkerMetrics
+from shoal.worker.server import EngineServer, ListenError, ServerSettings
+from shoal.worker.sources import SourceError
+from shoal.worker.startup import Loaded, ModelChoice, Phases, load
+
+log = logging.getLogger("shoal.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    choice: ModelChoice
+    config: EngineConfig
+    server: ServerSettings
+    metrics_port: int
+    pod_name: str
+    drain_seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs until a signal; returns the exit code: 0 drained, 1 failed, 2 wrong usage."""
+    args = _parser(os.environ).parse_args(argv)
+    logs.configure(args.log_format, sys.stdout, args.log_level)
+    watch_lifeline()
+    options = Options(
+        choice=ModelChoice(args.model, args.model_revision, args.revision, args.cache_dir),
+        config=engine_config(args),
+        server=ServerSettings(args.host, args.port, stall_seconds=args.stall_seconds),
+        metrics_port=args.metrics_port,
+        pod_name=args.pod_name,
+        drain_seconds=args.drain_seconds,
+    )
+    return asyncio.run(run(options))
+
+
+async def run(options: Options) -> int:
+    """The worker's life."""
+    started = time.monotonic()
+    stop = _stop_on_signals()
+    metrics = WorkerMetrics()
+    phases = Phases(metrics.phase)
+    server = EngineServer(options.server)
+    try:
+        with phases.phase("listen"):
+            await server.start()
+            web, metrics_port = metrics.listen(options.server.host, options.metrics_port)
+    except OSError as error:
+        log.error("%s", _listen_problem(error, options))
+        await server.stop()
+        return 1
+    event(log, "listening", grpc=server.address, metrics=f"{options.server.host}:{metrics_port}")
+    try:
+        loading = asyncio.create_task(
+            asyncio.to_thread(load, options.choice, options.config, phases)
+        )
+        await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            _exit(0, "stopped while loading")  # a thread that loads cannot be called back
+        loaded = _result(loading)
+        if loaded is None:
+            return 1
+        server.serve(loaded.engine, loaded.model, metrics.observe)
+        # What start-up made stays for good: the collector need not walk it again.
+        gc.collect()
+        gc.freeze()
+        event(log, "ready", seconds=round(time.monotonic() - started, 3), pod=options.pod_name)
+        return await _serve_until(stop, server, options.drain_seconds)
+    finally:
+        await server.stop()
+        await asyncio.to_thread(web.shutdown)
+        web.server_close()
+
+
+async def _serve_until(
+    stop: asyncio.Future[int], server: EngineServer, drain_seconds: float
+) -> int:
+    failed = asyncio.create_task(server.failed.wait())
+    await asyncio.wait((stop, failed), return_when=asyncio.FIRST_COMPLETED)
+    if failed.done():
+        log.error("%s", server.failure)
+        return 1
+    failed.cancel()
+    event(log, "draining", deadline=drain_seconds)
+    unfinished = await server.drain(drain_seconds)
+    event(log, "stopped", unfinished=unfinished)
+    return 0
+
+
+def _result(loading: asyncio.Task[Loaded]) -> Loaded | None:
+    """What was loaded, or None once the log says why nothing was."""
+    try:
+        return loading.result()
+    except (SourceError, ValueError, OSError, MemoryError) as error:
+        log.error("cannot serve: %s", str(error) or type(error).__name__)
+        log.debug("the traceback", exc_info=error)
+    except Exception:
+        log.exception("cannot serve")
+    return None
+
+
+def _stop_on_signals() -> asyncio.Future[int]:
+    """Resolved by the first SIGTERM or SIGINT; the second ends the process."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[int] = loop.create_future()
+
+    def on_signal(number: int) -> None:
+        if stop.done():
+            _exit(128 + number, "stopped at once")
+        stop.set_result(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop
+
+
+def _exit(code: int, words: str) -> Never:
+    event(log, words)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _listen_problem(error: OSError, options: Options) -> str:
+    if isinstance(error, ListenError):
+        return str(error)
+    return (
+        f"cannot serve metrics on {options.server.host}:{options.metrics_port}: {error.strerror};"
+        f" choose another with --metrics-port or {names.ENV_METRICS_PORT} (0 is any free port)"
+    )
+
+
+def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m shoal.worker",
+        description="Serve one model on this machine's device over gRPC.",
+    )
+
+    def from_env(name: str, default: str) -> str:
+        return environ.get(name) or default
+
+    add = parser.add_argument
+    add("--model", required=True, help="py://, hf:// or file:// URI, or a path")
+    add("--model-revision", help="package version, or branch, tag or commit of a Hub model")
+    add(
+        "--host",
+        default=from_env(names.ENV_HOST, "127.0.0.1"),
+        help=f"address to listen on; default: ${names.ENV_HOST} or 127.0.0.1",
+    )
+    add(
+        "--port",
+        type=_port,
+        default=from_env(names.ENV_PORT, str(names.PORT_ENGINE_GRPC)),
+        help=f"of gRPC, 0 for a free one; default: ${names.ENV_PORT} or {names.PORT_ENGINE_GRPC}",
+    )
+    add(
+        "--metrics-port",
+        type=_port,
+        default=from_env(names.ENV_METRICS_PORT, str(names.PORT_ENGINE_METRICS)),
+        help=f"0 for a free one; default: ${names.ENV_METRICS_PORT} or {names.PORT_ENGINE_METRICS}",
+    )
+    add(
+        "--revision",
+        default=from_env(names.ENV_REVISION, ""),
+        help=f"of the service, keeps prefix caches apart; default: ${names.ENV_REVISION}",
+    )
+    add("--pod-name", default=from_env(names.ENV_POD_NAME, ""), help="for logs")
+    add("--cache-dir", type=Path, help="of downloaded models; default: $SHOAL_CACHE_DIR")
+    add(
+        "--drain-seconds",
+        type=float,
+        default=60.0,
+        help="how long requests in flight may go on after SIGTERM; default: 60",
+    )
+    add(
+        "--stall-seconds",
+        type=float,
+        default=30.0,
+        help="an engine silent for so long is unhealthy; default: 30",
+    )
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add(
+        "--log-format",
+        choices=logs.FORMATS,
+        default=from_env(names.ENV_LOG_FORMAT, "text"),
+        help=f"default: ${names.ENV_LOG_FORMAT} or text",
+    )
+    add_engine_flags(parser)
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not a port: it must be from 0 to 65535")
+    return port
+
+
+if __name__ == "__main__":
+    sys.exit(main())
