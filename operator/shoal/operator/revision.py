@@ -11,13 +11,11 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final
 
-from pydantic.main import IncEx
-
 from shoal.api.quantity import parse_quantity
 from shoal.api.types import InferenceServiceSpec
 
 REVISION_LENGTH: Final = 10
-_WORKER: Final[IncEx] = {
+_WORKER: Final[dict[str, bool | set[str]]] = {
     "model": {"uri", "revision", "adapters"},
     "engine": True,
     "parallelism": True,
