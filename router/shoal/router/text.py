@@ -25,6 +25,9 @@ _INLINE_FAST = 8_192
 _INLINE_SLOW = 1_024
 _NORMALIZER_SLACK = 4  # a normalizer may shrink text, by no more than this
 
+# Fields of Sampling that a model's generation_config may set.
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+
 # Where tokenizers go wrong: scripts, joiners, runs of whitespace, digits, contractions, code.
 _PROBES = (
     "",
@@ -69,6 +72,12 @@ class TextModel:
         tokenizer = model.tokenizer
         self._bos_id = model.bos_token_id if model.HasField("bos_token_id") else None
         self.eos_ids = frozenset(model.eos_token_ids)
+        # What the model's makers recommend, for requests that do not say.
+        self.default_sampling: Mapping[str, float | int] = {
+            descriptor.name: value
+            for descriptor, value in model.default_sampling.ListFields()
+            if descriptor.name in _DEFAULTED
+        }
         self._template: ChatTemplate | None = None
         if tokenizer.chat_template:
             self._template = ChatTemplate(

@@ -1,0 +1,152 @@
+"""One HTTP exchange over raw ASGI: the request's body in, one response out."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.router.generation import Generation
+from shoal.router.http.errors import ApiError, Headers
+
+Scope = MutableMapping[str, Any]
+AsgiMessage = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[AsgiMessage]]
+Send = Callable[[AsgiMessage], Awaitable[None]]
+
+_CLOSE = ((b"connection", b"close"),)
+JSON: Headers = [(b"content-type", b"application/json")]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpSettings:
+    """Bounds on what a client may ask of the HTTP front."""
+
+    max_body_bytes: int = 10 * 1024 * 1024
+    body_timeout_seconds: float = 30.0  # from the end of the headers to the end of the body
+    model_timeout_seconds: float | None = None  # wait for a first replica; None: the core's own
+
+
+class Exchange:
+    """A request and its response. Exactly one of `respond` and `start` is called."""
+
+    __slots__ = (
+        "_headers",
+        "_receive",
+        "_send",
+        "_settings",
+        "_watch",
+        "gone",
+        "request_id",
+        "scope",
+        "started",
+    )
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, settings: HttpSettings, request_id: bytes
+    ) -> None:
+        self.scope = scope
+        self.request_id = request_id
+        self.gone = False  # the client hung up
+        self.started = False  # the response's headers are out
+        self._headers: dict[bytes, bytes] | None = None
+        self._receive = receive
+        self._send = send
+        self._settings = settings
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def method(self) -> str:
+        return str(self.scope["method"])
+
+    @property
+    def path(self) -> str:
+        return str(self.scope["path"])
+
+    def header(self, name: bytes) -> bytes | None:
+        """A request header by its name in lower case; of several the last."""
+        if self._headers is None:
+            self._headers = dict(self.scope["headers"])
+        return self._headers.get(name)
+
+    async def json_body(self) -> bytes:
+        """The whole body, which must be declared as JSON.
+
+        Raises ApiError: 415 another type, 413 too long, 408 too slow.
+        """
+        kind = (self.header(b"content-type") or b"").split(b";", 1)[0].strip().lower()
+        if kind != b"application/json" and not kind.endswith(b"+json"):
+            named = kind.decode("latin-1") or "missing"
+            raise ApiError(415, f"content-type is {named}, but must be application/json")
+        limit = self._settings.max_body_bytes
+        length = self.header(b"content-length")
+        if length is not None and int(length) > limit:
+            raise self._too_long(length.decode())
+        try:
+            async with asyncio.timeout(self._settings.body_timeout_seconds):
+                return await self._read(limit)
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"the body did not arrive within {self._settings.body_timeout_seconds:g} s",
+                headers=_CLOSE,
+            ) from None
+
+    async def _read(self, limit: int) -> bytes:
+        message = await self._receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            parts = bytearray(body)
+            while message.get("more_body"):
+                message = await self._receive()
+                parts += message.get("body", b"")
+                if len(parts) > limit:
+                    raise self._too_long(f"over {limit}")
+            body = bytes(parts)
+        if message["type"] == "http.disconnect":
+            self.gone = True
+            raise ApiError(408, "the client hung up before the body was complete")
+        if len(body) > limit:
+            raise self._too_long(str(len(body)))
+        return body
+
+    def _too_long(self, length: str) -> ApiError:
+        limit = self._settings.max_body_bytes
+        message = f"the body has {length} bytes, but must have at most {limit}"
+        return ApiError(413, message, code="body_too_long", headers=_CLOSE)
+
+    def cancel_on_hangup(self, generations: list[Generation]) -> None:
+        """From now on a client that hangs up cancels these. Call after the body was read, once."""
+
+        async def watch() -> None:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self.gone = True
+            for generation in generations:
+                generation.cancel()
+
+        self._watch = asyncio.create_task(watch())
+
+    def close(self) -> None:
+        """Ends what this exchange left running."""
+        if self._watch is not None:
+            self._watch.cancel()
+
+    async def respond(self, status: int, body: bytes, headers: Headers) -> None:
+        """Sends a whole response; `headers` without content-length."""
+        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
+        await self.send(b"" if self.method == "HEAD" else body, more=False)
+
+    async def start(self, status: int, headers: Headers) -> None:
+        """Begins a response whose body `send` brings in pieces."""
+        self.started = True
+        await self._send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, (b"x-request-id", self.request_id)],
+            }
+        )
+
+    async def send(self, body: bytes, *, more: bool) -> None:
+        """One piece of the body. Waits while the client is slower than we are."""
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,96 @@
+"""HTTP/1.1 for uvicorn with deadlines: what happens below ASGI, where a handler cannot see.
+
+A connection that sends no request, sends its headers slowly or does not read its response ends
+after a bound, and a request that is not HTTP is answered in OpenAI's shape.
+"""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from shoal.router.http.errors import ApiError
+
+HEADER_SECONDS = 30.0  # from the connection, or a request's first byte, to the end of the headers
+HEADER_BYTES = 64 * 1024
+STALL_SECONDS = 60.0  # that a client may leave its response unread
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One connection. Pass it to uvicorn as `http=HttpProtocol`."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    _in_headers = False  # a request has begun and its headers are not complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._headers_late)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > HEADER_BYTES:
+                self._refuse(431, f"the request's headers have more than {HEADER_BYTES} bytes")
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._header_bytes = 0
+        if self._header_timer is None:
+            self._header_timer = self.loop.call_later(HEADER_SECONDS, self._headers_late)
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALL_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, f"the request is not valid HTTP/1.1 ({msg.rstrip('.')})")
+
+    def _headers_late(self) -> None:
+        self._header_timer = None
+        if self.transport.is_closing():
+            return
+        if self._in_headers:
+            message = f"the headers did not arrive within {HEADER_SECONDS:g} s"
+            self._refuse(408, message)
+        else:
+            self.transport.close()
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers without a handler, and closes."""
+        reasons = {400: b"Bad Request", 408: b"Request Timeout"}
+        body = ApiError(status, message).body()
+        self._stop_timers()
+        self.transport.write(
+            b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%b"
+            % (status, reasons.get(status, b"Request Header Fields Too Large"), len(body), body)
+        )
+        self.transport.close()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._header_timer, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
+        self._header_timer = self._stall_timer = None
