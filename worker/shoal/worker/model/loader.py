@@ -1,0 +1,194 @@
+"""Builds a decoder from a checkpoint: a .gguf file, or a folder of config.json and safetensors."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.kernels.linear import PackedLinear
+from shoal.kernels.rope import interleave_halves
+from shoal.worker.model.decoder import Decoder, DecoderLayer
+from shoal.worker.model.gguf import GgufSource
+from shoal.worker.model.precision import Precision
+from shoal.worker.model.safetensors import SafetensorsSource
+from shoal.worker.model.spec import DecoderSpec, spec_from_gguf, spec_from_hugging_face
+from shoal.worker.model.weights import WeightError, WeightSource
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose tables were read, not yet its weights."""
+
+    spec: DecoderSpec
+    source: WeightSource
+
+
+@dataclass(slots=True)
+class LoadTimes:
+    """Seconds spent on reading and dequantizing tensors, and on packing them."""
+
+    load: float = 0.0
+    pack: float = 0.0
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads what a model is. Raises WeightError (UnsupportedModel for what Shoal does not have)."""
+    if path.is_file():
+        gguf = GgufSource(path)
+        spec = spec_from_gguf(gguf.header.metadata, gguf.shapes, gguf.rope_factors())
+        return Checkpoint(spec, gguf)
+    if not path.is_dir():
+        raise WeightError(f"{path} is neither a .gguf file nor a folder")
+    config = _read_json(path / "config.json")
+    if config is None:
+        raise WeightError(f"{path} has no config.json, expected it beside *.safetensors")
+    spec = spec_from_hugging_face(config, _read_json(path / "generation_config.json"))
+    return Checkpoint(spec, SafetensorsSource(path))
+
+
+def load_decoder(
+    checkpoint: Checkpoint, precision: Precision, clock: Clock = time.perf_counter
+) -> tuple[Decoder, LoadTimes]:
+    """Reads every tensor once, rounds it to the precision and packs it; originals are let go.
+
+    Raises WeightError that names the first tensor that is missing, not known, or of a wrong
+    shape, before any is read.
+    """
+    spec, source = checkpoint.spec, checkpoint.source
+    _check(spec, source)
+    build = _Builder(spec, source, precision, clock)
+    embedding = build.matrix("model.embed_tokens.weight")
+    layers = tuple(build.layer(f"model.layers.{index}.") for index in range(spec.num_layers))
+    norm = build.vector("model.norm.weight")
+    head = embedding if spec.tied_embeddings else build.matrix("lm_head.weight")
+    return (
+        Decoder(spec, precision, embedding, layers, norm, build.pack(head, None)),
+        build.times,
+    )
+
+
+def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model by name."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (spec.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not spec.tied_embeddings:
+        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
+    projections = (
+        ("self_attn.q_proj", queries, hidden, spec.attention_bias),
+        ("self_attn.k_proj", keys, hidden, spec.attention_bias),
+        ("self_attn.v_proj", keys, hidden, spec.attention_bias),
+        ("self_attn.o_proj", hidden, queries, spec.output_bias),
+        ("mlp.gate_proj", inner, hidden, spec.mlp_bias),
+        ("mlp.up_proj", inner, hidden, spec.mlp_bias),
+        ("mlp.down_proj", hidden, inner, spec.mlp_bias),
+    )
+    for index in range(spec.num_layers):
+        prefix = f"model.layers.{index}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{name}.weight"] = (hidden,)
+        for name, rows, columns, bias in projections:
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    return shapes
+
+
+def _check(spec: DecoderSpec, source: WeightSource) -> None:
+    expected = expected_shapes(spec)
+    for name, shape in expected.items():
+        found = source.shapes.get(name)
+        if found is None:
+            raise WeightError(f"{source.origin}: tensor {name} {list(shape)} is missing")
+        if found != shape:
+            raise WeightError(
+                f"{source.origin}: tensor {name} is {list(found)}, expected {list(shape)}"
+            )
+    for name in source.shapes:
+        # Old checkpoints store the rotary frequencies, and some the tied output a second time.
+        derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+        if name not in expected and not derived:
+            raise WeightError(
+                f"{source.origin}: tensor {name} {list(source.shapes[name])} is not known to "
+                f"{spec.architecture}, expected {len(expected)} others"
+            )
+
+
+@dataclass(slots=True)
+class _Builder:
+    spec: DecoderSpec
+    source: WeightSource
+    precision: Precision
+    clock: Clock
+    times: LoadTimes = field(default_factory=LoadTimes)
+
+    def layer(self, prefix: str) -> DecoderLayer:
+        spec = self.spec
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        return DecoderLayer(
+            attention_norm=self.vector(f"{prefix}input_layernorm.weight"),
+            qkv=self.pack(*self._qkv(attention)),
+            output=self.linear(f"{attention}o_proj", spec.output_bias),
+            mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight"),
+            gate=self.linear(f"{mlp}gate_proj", spec.mlp_bias),
+            up=self.linear(f"{mlp}up_proj", spec.mlp_bias),
+            down=self.linear(f"{mlp}down_proj", spec.mlp_bias),
+        )
+
+    def _qkv(self, prefix: str) -> tuple[Tensor, Tensor | None]:
+        kinds = ("weight", "bias") if self.spec.attention_bias else ("weight",)
+        joined = []
+        for kind in kinds:
+            q, k, v = (self.matrix(f"{prefix}{part}_proj.{kind}") for part in "qkv")
+            if not self.source.interleaved_rope:
+                q = interleave_halves(q, self.spec.num_heads, self.spec.rope.rotary_dim)
+                k = interleave_halves(k, self.spec.num_kv_heads, self.spec.rope.rotary_dim)
+            joined.append(torch.cat((q, k, v)))
+        return joined[0], joined[1] if self.spec.attention_bias else None
+
+    def linear(self, name: str, bias: bool) -> PackedLinear:
+        weight = self.matrix(f"{name}.weight")
+        return self.pack(weight, self.matrix(f"{name}.bias") if bias else None)
+
+    def vector(self, name: str) -> Tensor:
+        """In float32, a copy of its own."""
+        return self._read(name, torch.float32)
+
+    def matrix(self, name: str) -> Tensor:
+        """Rounded to the weights' dtype, a copy of its own."""
+        return self._read(name, self.precision.weights)
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        started = self.clock()
+        compute = self.precision.compute
+        packed = PackedLinear(weight.to(compute), None if bias is None else bias.to(compute))
+        self.times.pack += self.clock() - started
+        return packed
+
+    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
+        started = self.clock()
+        tensor = self.source.read(name).to(dtype, copy=True)
+        self.times.load += self.clock() - started
+        return tensor
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise WeightError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
