@@ -1,9 +1,8 @@
-"""`shoal up` as a process of its own, stopped cleanly whatever happens to its parent."""
+"""A command that serves, as a process of its own that ends with its parent."""
 
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,19 +13,22 @@ from shoal.api.names import ENV_LIFELINE
 STOP_SECONDS = 60.0
 
 
-class UpProcess:
+class ServingProcess:
     """Runs while entered. In a session of its own, so a Ctrl-C at the terminal reaches only the
     parent, which then stops it in order; should the parent die, the lifeline ends it."""
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, stop_seconds: float = STOP_SECONDS
+    ) -> None:
         self.log = log
-        self._arguments = arguments
+        self._command = command
+        self._stop_seconds = stop_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "UpProcess":
+    def __enter__(self) -> "ServingProcess":
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.cli.main", "up", *self._arguments],
+                self._command,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -49,13 +51,13 @@ class UpProcess:
         return None if self._process is None else self._process.poll()
 
     def stop(self) -> int:
-        """Ends it as Ctrl-C does, by force after STOP_SECONDS. Returns its exit code."""
+        """Ends it as Ctrl-C does, by force after `stop_seconds`. Returns its exit code."""
         assert self._process is not None, "stop belongs inside the with block"
         process = self._process
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             try:
-                process.wait(STOP_SECONDS)
+                process.wait(self._stop_seconds)
             except subprocess.TimeoutExpired:
                 process.kill()  # its pods hold lifelines and end by themselves
         if process.stdin is not None:

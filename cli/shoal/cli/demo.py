@@ -13,7 +13,7 @@ import click
 
 from shoal.api.names import API_VERSION, KIND, PORT_ROUTER_HTTP
 from shoal.cli.chat import Answer, ChatFailed, stream_chat
-from shoal.cli.child import UpProcess
+from shoal.cli.child import ServingProcess
 from shoal.cli.display import curl_lines
 from shoal.cli.errors import CliError
 from shoal.cli.options import timeout_option
@@ -112,8 +112,9 @@ def _demo(
     click.echo(f"Starting {service.spec.model.uri} from {shown}")
     arguments = ["-f", str(manifest), "--host", _HOST, "--port", str(port), "--grpc-port", "0"]
     arguments += ["--state-dir", str(store.root)]
+    shoal = [sys.executable, "-m", "shoal.cli.main"]
     started = time.monotonic()
-    with UpProcess(arguments, folder / "up.log") as up:
+    with ServingProcess([*shoal, "up", *arguments], folder / "up.log") as up:
         base = _wait_ready(store, service.metadata.name, up, started + timeout)
         click.echo(f"Ready after {time.monotonic() - started:.1f} s\n")
         answer = _ask(store, base, service, prompt, max_tokens)
@@ -137,7 +138,7 @@ def _example(folder: Path) -> Path:
     return path
 
 
-def _wait_ready(store: "Store", name: str, up: UpProcess, deadline: float) -> str:
+def _wait_ready(store: "Store", name: str, up: ServingProcess, deadline: float) -> str:
     """Shows the start-up phases until the service is ready. Returns the router's base URL."""
     progress = Progress()
     logs = StartupLogs()
@@ -189,7 +190,7 @@ def _next_steps(base: str, model: str, manifest: Path) -> None:
     click.echo(f"  shoal get; shoal logs {model} -f; shoal scale {model} 2\n")
 
 
-def _serve_until_interrupted(up: UpProcess) -> None:
+def _serve_until_interrupted(up: ServingProcess) -> None:
     try:
         while up.exit_code is None:
             time.sleep(_POLL_SECONDS)
@@ -197,7 +198,7 @@ def _serve_until_interrupted(up: UpProcess) -> None:
         click.echo()
 
 
-def _culprit(store: "Store", name: str, up: UpProcess) -> Path:
+def _culprit(store: "Store", name: str, up: ServingProcess) -> Path:
     """The log that most likely tells why `name` is not ready."""
     for pod in [*store.pods(name), *store.pods("")]:
         if not pod.ready and store.log_path(pod.name).is_file():

@@ -62,10 +62,7 @@ def _head(document: Mapping[str, Any], now: float) -> str:
         ("Age", age_of(metadata.get("creationTimestamp"), now)),
         ("URL", status.get("url") or "none yet"),
         ("Revision", status.get("activeRevision") or "none yet"),
-        (
-            "Replicas",
-            f"{ready} ready, {routable} taking requests, {spec.get('replicas', 1)} wanted",
-        ),
+        ("Replicas", f"{spec['replicas']} wanted, {ready} ready, {routable} taking requests"),
     ]
     text = "\n".join(f"{key + ':':<12}{value}" for key, value in lines)
     return f"{text}\nSpec:\n{_indented(format_data(spec, 'yaml'))}"

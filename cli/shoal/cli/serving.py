@@ -96,7 +96,7 @@ def run(
     settings = SupervisorSettings(host=at.host, http_port=at.port, grpc_port=at.grpc_port)
     try:
         with display:
-            code = asyncio.run(_supervise(store, settings, display, watched))
+            code = asyncio.run(_supervise(store, settings, display, watched, given))
     except SupervisorRuns:
         raise
     except PortTaken as error:
@@ -121,13 +121,17 @@ def refuse_if_hopeless(services: Sequence["InferenceService"]) -> None:
 
 
 async def _supervise(
-    store: "Store", settings: "SupervisorSettings", display: "Display", watched: Sequence[str]
+    store: "Store",
+    settings: "SupervisorSettings",
+    display: "Display",
+    watched: Sequence[str],
+    names: set[str],
 ) -> int:
     from shoal.operator.local.supervisor import supervise
 
     beside = [asyncio.create_task(_refresh(display))]
     if watched:
-        beside.append(asyncio.create_task(_apply_edits(store, watched, display)))
+        beside.append(asyncio.create_task(_apply_edits(store, watched, names, display)))
     try:
         return await supervise(store, settings, on_update=display.update)
     finally:
@@ -144,15 +148,17 @@ async def _refresh(display: "Display") -> None:
         await asyncio.sleep(_REFRESH_SECONDS)
 
 
-async def _apply_edits(store: "Store", watched: Sequence[str], display: "Display") -> None:
-    """Applies the files whenever they change; a service that leaves them is deleted.
+async def _apply_edits(
+    store: "Store", watched: Sequence[str], names: set[str], display: "Display"
+) -> None:
+    """Applies the files whenever they change; a service that leaves them is deleted. `names`
+    are those that were in them.
 
     A file with a mistake changes nothing: the problems are shown, the last good state stays.
     """
     from shoal.cli.manifests import load
 
     signature = _signature(watched)
-    names = {service.metadata.name for service in load(watched)}
     while True:
         await asyncio.sleep(_WATCH_SECONDS)
         current = _signature(watched)
