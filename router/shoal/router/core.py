@@ -62,6 +62,7 @@ class RouterCore:
         self._rng = rng or random.Random()
         self._owners: dict[str, str] = {}  # model id -> service
         self._ready = False
+        self._stopping = False
         self._closing: set[asyncio.Task[None]] = set()
 
     # For fronts
@@ -132,7 +133,7 @@ class RouterCore:
                 owner = self._owners.setdefault(model_id, name)
                 if owner != name:
                     log.warning("model id %s belongs to %s, not to %s", model_id, owner, name)
-        self._ready = True
+        self._ready = not self._stopping
 
     async def run(self) -> None:
         """Keeps time. Never returns."""
@@ -147,9 +148,14 @@ class RouterCore:
         """Requests accepted and not ended."""
         return sum(service.dispatcher.stats.open for service in self.services.values())
 
+    def stop_accepting(self) -> None:
+        """`ready` is false from now on; what is under way goes on."""
+        self._ready = False
+        self._stopping = True
+
     async def close(self) -> None:
         """Fails what is unfinished and ends all connections."""
-        self._ready = False
+        self.stop_accepting()
         for service in self.services.values():
             self._close(service, "the router is shutting down")
         self.services.clear()

@@ -7,9 +7,10 @@ attempt (unless all are). Score: the time to first token predicted for each,
     + step seconds * (1 + in flight / slots)                          what decoding adds
 
 Pick, by policy. `PrefixAware`: among the replicas that hold (nearly) the longest prefix, the one
-predicted soonest, unless it is later by more than `load_limit_seconds` than the soonest of all:
-a hot prefix then spreads instead of melting one replica. `LeastRequests` and `RoundRobin` are
-what they say. Ties break at random, by the injected generator.
+predicted soonest, unless it is later than the soonest of all by more than twice what the cached
+prefix saves, or than `load_limit_seconds`: a hot prefix then spreads instead of melting one.
+`LeastRequests` and `RoundRobin` are what they say. Ties break at random, by the injected
+generator.
 """
 
 import random
@@ -54,7 +55,7 @@ class Demand:
 @dataclass(frozen=True, slots=True)
 class PickSettings:
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE
-    load_limit_seconds: float = 0.5  # how much later than the soonest affinity may make it
+    load_limit_seconds: float = 0.5  # later than the soonest, for affinity's sake, at most
     affinity_share: float = 0.8  # of the longest match that still counts as holding the prefix
 
 
@@ -158,9 +159,9 @@ class _Soonest:
         self, choice: Sequence[Candidate], tokens: int, cached_tokens: Mapping[str, int]
     ) -> None:
         measured = [c.prefill_tokens_per_second for c in choice if c.prefill_tokens_per_second]
-        fallback = sum(measured) / len(measured) if measured else DEFAULT_PREFILL_RATE
+        self.rate = sum(measured) / len(measured) if measured else DEFAULT_PREFILL_RATE
         self._seconds = {
-            c.name: predicted_ttft(c, tokens - cached_tokens.get(c.name, 0), fallback)
+            c.name: predicted_ttft(c, tokens - cached_tokens.get(c.name, 0), self.rate)
             for c in choice
         }
         self.least = min(self._seconds.values())
@@ -178,7 +179,8 @@ def _prefix_aware(
 ) -> Candidate:
     longest = max((cached_tokens.get(c.name, 0) for c in choice), default=0)
     if longest:
-        limit = soonest.least + settings.load_limit_seconds
+        saved = longest / soonest.rate
+        limit = soonest.least + min(settings.load_limit_seconds, 2 * saved)
         holders = [
             c
             for c in choice

@@ -301,7 +301,7 @@ class Replica:
             message, self._outgoing = self._outgoing, engine_pb2.GenerateRequest()
             await call.write(message)
 
-    async def _watch_cache(self, stub: engine_pb2_grpc.EngineAsyncStub) -> None:
+    async def _watch_cache(self, stub: "engine_pb2_grpc.EngineAsyncStub") -> None:
         """Keeps the cache's events coming; an engine without them is served all the same."""
         while True:
             try:
