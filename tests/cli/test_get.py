@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from shoal.api.crd import COLUMNS
 from shoal.cli import get
 from shoal.cli.output import format_age, format_table
+from shoal.cli.view import SERVICE_COLUMNS, SERVICE_COLUMNS_WIDE
 
 
 @pytest.fixture
@@ -18,6 +20,14 @@ def chat(world: Any) -> Any:
     world.status()
     world.pod()
     return world
+
+
+def test_columns_are_named_as_in_the_crd() -> None:
+    """`shoal get` and `kubectl get` have one list of columns."""
+    narrow = [column.name.lower() for column in COLUMNS if not column.wide]
+    wide = [column.name.lower() for column in COLUMNS if column.wide]
+    assert list(SERVICE_COLUMNS) == ["name", *narrow]
+    assert list(SERVICE_COLUMNS_WIDE) == ["name", *narrow, *wide]
 
 
 def test_columns_are_those_of_kubectl(chat: Any) -> None:

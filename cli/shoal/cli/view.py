@@ -47,8 +47,8 @@ def service_cells(document: Document, now: float, *, wide: bool = False) -> list
         spec["model"]["uri"],
         ready.get("status", ""),
         str(status.get("readyReplicas", 0)),
-        str(desired_replicas(document)),
-        f"{canary['weight']}%" if "weight" in canary else "",
+        str(spec.get("replicas", 1)),
+        str(canary.get("weight", "")),
         ready.get("reason", ""),
         age_of(metadata.get("creationTimestamp"), now),
     ]
@@ -61,13 +61,6 @@ def service_cells(document: Document, now: float, *, wide: bool = False) -> list
             str(parallelism.get("pipeline", 1)),
         ]
     return cells
-
-
-def desired_replicas(document: Document) -> int:
-    """What the service asks for: the autoscaler's number where there is one."""
-    status = document.get("status") or {}
-    autoscaling = status.get("autoscaling") or {}
-    return int(autoscaling.get("desired", document["spec"].get("replicas", 1)))
 
 
 def condition_of(status: Document, kind: str) -> dict[str, Any] | None:
