@@ -12,7 +12,6 @@ from shoal.api.blocks import BlockHash, wire_id
 from shoal.api.v1 import engine_pb2
 from shoal.worker.loop import Command, Report, Snapshot
 
-MAX_PENDING_CHANGES = 65_536
 _MAX_HASHES = 100_000  # of one message, 0.8 MB
 
 
@@ -78,9 +77,8 @@ class Watcher:
 class CacheWatch:
     """All watchers of a server."""
 
-    def __init__(
-        self, submit: Callable[[Command], None], max_pending: int = MAX_PENDING_CHANGES
-    ) -> None:
+    def __init__(self, submit: Callable[[Command], None], max_pending: int) -> None:
+        """A watcher with more than `max_pending` changes unread starts over from a snapshot."""
         self._submit = submit
         self._max_pending = max_pending
         self._numbers = count(1)

@@ -58,6 +58,8 @@ class ServerSettings:
     stall_seconds: float = 30.0  # a step that takes longer counts as a hang
     beat_seconds: float = 1.0  # how often every stream hears of the engine
     health_seconds: float = 0.1  # how often health is looked at
+    max_pending_deltas: int = 65_536  # of one slow client: 5 s of 256 sequences at 50 tokens/s
+    max_pending_changes: int = 65_536  # of one slow watcher of the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +130,8 @@ class EngineServer:
         self._observe = observe
         self._serving = _Serving(
             engine_loop,
-            StreamHub(engine_loop.submit, engine.load()),
-            CacheWatch(engine_loop.submit),
+            StreamHub(engine_loop.submit, engine.load(), self._settings.max_pending_deltas),
+            CacheWatch(engine_loop.submit, self._settings.max_pending_changes),
             model,
         )
         engine_loop.start()

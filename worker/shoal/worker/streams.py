@@ -16,9 +16,6 @@ from shoal.worker.loop import Add, Cancel, Command, Rejection, Report
 from shoal.worker.request import EngineRequest, InvalidRequest
 from shoal.worker.validate import MAX_SAMPLES
 
-# Sequence deltas that wait for a slow client: about five seconds of 256 sequences at 50 tokens/s.
-MAX_PENDING_DELTAS = 65_536
-
 
 class Stream:
     """One `Generate` call. All methods run on the event loop."""
@@ -113,8 +110,9 @@ class StreamHub:
         self,
         submit: Callable[[Command], None],
         idle_load: EngineLoad,
-        max_pending: int = MAX_PENDING_DELTAS,
+        max_pending: int,
     ) -> None:
+        """A stream on which more than `max_pending` deltas wait for its client is ended."""
         self._submit = submit
         self._load = idle_load
         self._max_pending = max_pending
