@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from shoal.cli import get
@@ -106,6 +107,29 @@ def test_completion_prints_a_script(world: Any, shell: str) -> None:
     done = world.shoal("completion", shell)
     assert done.exit_code == 0
     assert "_SHOAL_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "completions"),
+    [
+        ("shoal des", ["describe"]),
+        ("shoal describe ", ["chat", "chess"]),
+        ("shoal scale che", ["chess"]),
+        ("shoal logs chat", ["chat", "chat-abc12-0"]),
+        ("shoal get --out", ["--output"]),
+        ("shoal serve --max-n", ["--max-num-seqs"]),
+    ],
+)
+def test_the_shell_completes(
+    world: Any, monkeypatch: pytest.MonkeyPatch, words: str, completions: list[str]
+) -> None:
+    """Commands, flags, and the names of what there is."""
+    world.shoal("apply", "-f", world.write("chat"), "-f", world.write("chess"))
+    world.pod()
+    monkeypatch.setenv("SHOAL_STATE_DIR", str(world.store.root))
+    *args, incomplete = words.split(" ")[1:]
+    found = ShellComplete(cli, {}, "shoal", "_SHOAL_COMPLETE").get_completions(args, incomplete)
+    assert [item.value for item in found] == completions
 
 
 def test_version_as_json(world: Any) -> None:

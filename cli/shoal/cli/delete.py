@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shoal.cli.errors import CliError, UsageError
-from shoal.cli.options import file_option, store_option, timeout_option
+from shoal.cli.options import complete_services, file_option, store_option, timeout_option
 from shoal.cli.output import RESOURCE
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, shell_complete=complete_services)
 @file_option(required=False)
 @click.option("--all", "everything", is_flag=True, help="Delete every service.")
 @click.option("--ignore-not-found", is_flag=True, help="A service that is not there is no error.")

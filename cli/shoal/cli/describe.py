@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shoal.cli.errors import CliError
-from shoal.cli.options import store_option
+from shoal.cli.options import complete_services, store_option
 from shoal.cli.output import as_list, format_data, format_table, output_option
 from shoal.cli.view import (
     POD_COLUMNS_WIDE,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_services)
 @output_option("json", "yaml")
 @store_option()
 def command(name: str, output: str | None, store: "Store") -> None:

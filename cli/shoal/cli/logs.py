@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shoal.cli.errors import CliError
-from shoal.cli.options import store_option
+from shoal.cli.options import complete_pods, store_option
 from shoal.cli.tail import Tailer, last
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _POLL_SECONDS = 0.2
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_pods)
 @click.option("-f", "--follow", is_flag=True, help="Then print what comes, until the pod is gone.")
 @click.option("--tail", type=click.IntRange(min=0), help="Print only the last so many lines.")
 @store_option()

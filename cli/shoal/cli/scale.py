@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shoal.cli.apply import warn_if_nothing_runs
-from shoal.cli.options import store_option, timeout_option
+from shoal.cli.options import complete_services, store_option, timeout_option
 from shoal.cli.output import RESOURCE
 from shoal.cli.waiting import wait_scaled
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_services)
 @click.argument("replicas", type=click.IntRange(min=0))
 @click.option("--wait", is_flag=True, help="Wait until exactly so many replicas take requests.")
 @timeout_option("5m")

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from shoal.cli.options import store_option, timeout_option
+from shoal.cli.options import complete_services, store_option, timeout_option
 from shoal.cli.output import RESOURCE
 from shoal.cli.waiting import Goal, GoalType, wait_condition, wait_gone
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("names", nargs=-1, required=True)
+@click.argument("names", nargs=-1, required=True, shell_complete=complete_services)
 @click.option(
     "--for",
     "goal",
