@@ -14,9 +14,12 @@ def store_kv_(cache: Tensor, kv: Tensor, batch: PagedBatch, shape: CacheShape) -
     """Writes keys and values of the batch's tokens into a layer's cache.
 
     kv [num_tokens, 2 * kv_heads, head_dim]: key heads, then value heads. To be called for all
-    tokens of the step before `paged_attention`.
+    tokens of the step before `paged_attention`. A float16 cache saturates.
     """
-    rows = kv.reshape(-1, shape.head_dim).to(cache.dtype)
+    rows = kv.reshape(-1, shape.head_dim)
+    if cache.dtype is torch.float16:
+        limit = torch.finfo(torch.float16).max
+        rows = rows.clamp(-limit, limit).to(torch.float16)
     cache.view(-1, shape.head_dim).index_copy_(0, batch.store, rows)
 
 

@@ -35,9 +35,11 @@ class CacheShape:
     head_dim: int
 
     def allocate(self, dtype: torch.dtype) -> Tensor:
-        """A layer's cache, zeroed: what lies under a mask must be finite."""
+        """A layer's cache, zeroed: what lies under a mask must be finite. NumPy leaves the pages
+        to the kernel, which zeroes each on first use; torch would touch them all here."""
         rows = 2 * self.kv_heads * self.num_blocks
-        return torch.zeros(rows, self.block_size * self.head_dim, dtype=dtype)
+        width = self.block_size * self.head_dim * dtype.itemsize
+        return torch.from_numpy(np.zeros((rows, width), np.uint8)).view(dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,15 @@ class PrefillChunk:
 class PagedBatch:
     """Where the tokens of one step are stored and what each may see."""
 
-    num_tokens: int
+    sequence: Ints  # [num_tokens] index of each token's sequence
+    position: Ints  # [num_tokens] of each token within its sequence
     store: Tensor  # [num_tokens * 2 * kv_heads] rows of the cache viewed as [.., head_dim]
     decode: tuple[DecodeGroup, ...]
     prefill: tuple[PrefillChunk, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.position)
 
 
 def flat_order(starts: Ints, counts: Ints) -> Ints:
@@ -106,10 +113,10 @@ def plan_batch(
     decoding = int((counts == 1).sum())
     if not (counts[:decoding] == 1).all() or (np.diff(starts[:decoding]) > 0).any():
         raise ValueError("sequences must be in flat_order")
-    row = np.repeat(np.arange(sequences), counts)
+    sequence = np.repeat(np.arange(sequences), counts)
     firsts = np.cumsum(counts) - counts
-    position = starts[row] + np.arange(len(row)) - firsts[row]
-    block = tables[row, position // shape.block_size]
+    position = starts[sequence] + np.arange(len(sequence)) - firsts[sequence]
+    block = tables[sequence, position // shape.block_size]
     slot = block * shape.block_size + position % shape.block_size
     stride = shape.num_blocks * shape.block_size
     store = slot[:, None] + np.arange(2 * shape.kv_heads) * stride
@@ -121,7 +128,8 @@ def plan_batch(
     for index in range(decoding, sequences):
         first, start, count = int(firsts[index]), int(starts[index]), int(counts[index])
         chunks.append(_prefill_chunk(first, start, count, tables[index], shape, dtype, window))
-    return PagedBatch(len(row), torch.from_numpy(store.reshape(-1)), tuple(groups), tuple(chunks))
+    rows_of_store = torch.from_numpy(store.reshape(-1))
+    return PagedBatch(sequence, position, rows_of_store, tuple(groups), tuple(chunks))
 
 
 def _group(lengths: Ints, block_size: int) -> list[tuple[int, int]]:

@@ -1,0 +1,39 @@
+"""What this process may use of its machine: cores and memory, a container's limits included."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroup: Path = _CGROUP) -> int:
+    """Cores of the affinity mask, fewer where the control group's CPU quota allows fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    if quota.isdigit() and period.isdigit():
+        return max(1, min(cores or 1, int(quota) // int(period)))
+    return cores or 1
+
+
+def available_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes that can still be allocated without swapping or passing the control group's limit."""
+    available = int(psutil.virtual_memory().available)
+    limit, used = _read(cgroup / "memory.max"), _read(cgroup / "memory.current")
+    if limit.isdigit() and used.isdigit():
+        available = min(available, max(0, int(limit) - int(used)))
+    return available
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _read(path: Path) -> str:
+    """A control file's text, or an empty one where there is no such file."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,152 @@
+"""The one account of memory: what the engine allocates by and what its start log prints."""
+
+from dataclasses import dataclass
+
+from shoal.kernels.paged import QUERY_TILE
+from shoal.worker.config import EngineConfig
+from shoal.worker.model.loader import expected_shapes
+from shoal.worker.model.precision import Precision
+from shoal.worker.model.spec import DecoderSpec
+
+DEFAULT_KV_LIMIT = 4 << 30
+_MIB = 1 << 20
+_MIN_BLOCKS = 2  # the null block and one to use
+SAMPLER_COPIES = 4  # float32 copies of the logits that sampling holds at once, at most
+LOGIT_ROWS = 64  # rows whose prompt logprobs are computed at once
+
+
+class NotEnoughMemory(ValueError):
+    """The model does not fit; the message holds the whole sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes by use."""
+
+    runtime: int  # interpreter and libraries, before the model
+    weights: int
+    activations: int  # of the largest step
+    workspace: int  # per-request state, rope table, logits and sampling
+    num_blocks: int
+    block_bytes: int
+    block_size: int
+
+    @property
+    def kv_cache(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.weights + self.activations + self.workspace + self.kv_cache
+
+    def describe(self) -> str:
+        """The sum, in one line."""
+        parts = ("runtime", "weights", "activations", "workspace", "kv_cache")
+        terms = " + ".join(f"{part} {getattr(self, part) // _MIB}" for part in parts)
+        return (
+            f"{terms} = {self.total // _MIB} MiB at most; KV cache of {self.num_blocks} blocks of "
+            f"{self.block_size} tokens, {self.block_bytes} bytes each"
+        )
+
+
+def plan_memory(
+    spec: DecoderSpec,
+    precision: Precision,
+    config: EngineConfig,
+    max_model_len: int,
+    available: int,
+    resident: int,
+) -> MemoryPlan:
+    """Decides the number of KV blocks.
+
+    `config.kv_cache_blocks` decides alone where it is set. Else the cache takes what
+    `memory_limit_bytes` leaves after everything else or, without a limit, the memory fraction of
+    what is `available` now after everything else, 4 GiB at most. It is never larger than
+    max_num_seqs sequences of max_model_len need. Raises NotEnoughMemory if no block fits.
+    """
+    per_sequence = -(-max_model_len // config.block_size)
+    block_bytes = (
+        2
+        * spec.num_layers
+        * spec.num_kv_heads
+        * spec.head_dim
+        * config.block_size
+        * precision.cache.itemsize
+    )
+    fixed = MemoryPlan(
+        runtime=resident,
+        weights=_weights(spec, precision),
+        activations=_activations(spec, precision, config, max_model_len),
+        workspace=_workspace(spec, config, max_model_len, per_sequence),
+        num_blocks=0,
+        block_bytes=block_bytes,
+        block_size=config.block_size,
+    )
+    most = config.max_num_seqs * per_sequence + 1
+    if config.kv_cache_blocks is not None:
+        blocks = config.kv_cache_blocks
+        source = f"kv_cache_blocks is {config.kv_cache_blocks}"
+    elif config.memory_limit_bytes is not None:
+        blocks = (config.memory_limit_bytes - fixed.total) // block_bytes
+        source = f"memory_limit_bytes is {config.memory_limit_bytes}"
+    else:
+        left = config.kv_cache_memory_fraction * (available - (fixed.total - resident))
+        blocks = min(DEFAULT_KV_LIMIT, int(left)) // block_bytes
+        source = f"{available // _MIB} MiB are available"
+    plan = MemoryPlan(
+        fixed.runtime,
+        fixed.weights,
+        fixed.activations,
+        fixed.workspace,
+        min(blocks, most),
+        block_bytes,
+        config.block_size,
+    )
+    if plan.num_blocks < _MIN_BLOCKS:
+        raise NotEnoughMemory(
+            f"no room for {_MIN_BLOCKS} KV blocks: {source}, but the rest needs {fixed.describe()}"
+        )
+    return plan
+
+
+def _weights(spec: DecoderSpec, precision: Precision) -> int:
+    """Packed matrices, float32 norms, and the embedding, which is looked up unpacked."""
+    elements = {name: _product(shape) for name, shape in expected_shapes(spec).items()}
+    norms = sum(size for name, size in elements.items() if "norm" in name)
+    embedding = spec.vocab_size * spec.hidden_size
+    packed = sum(elements.values()) - norms - embedding
+    if spec.tied_embeddings:
+        packed += embedding
+    return 4 * norms + packed * precision.compute.itemsize + embedding * precision.weights.itemsize
+
+
+def _activations(
+    spec: DecoderSpec, precision: Precision, config: EngineConfig, max_model_len: int
+) -> int:
+    """What one layer of the largest step holds at once: the flat batch's hidden states and
+    projections, and the keys, values and scores that attention gathers for one long chunk."""
+    item = precision.compute.itemsize
+    heads = spec.num_heads + 2 * spec.num_kv_heads
+    mlp = 2 * spec.intermediate_size * item
+    attention = (2 * heads + spec.num_heads) * spec.head_dim * item
+    rotated = 2 * 4 * (heads - spec.num_kv_heads) * spec.head_dim
+    per_token = spec.hidden_size * (4 + 4 + 2 * item) + max(mlp, attention + rotated)
+    gathered = 2 * spec.num_kv_heads * spec.head_dim * item * max_model_len
+    scores = 2 * QUERY_TILE * spec.num_heads * item * max_model_len
+    return config.max_batched_tokens * per_token + gathered + scores
+
+
+def _workspace(
+    spec: DecoderSpec, config: EngineConfig, max_model_len: int, per_sequence: int
+) -> int:
+    state = 8 * config.max_num_seqs * (max_model_len + 1 + per_sequence)
+    rope = 8 * max_model_len * spec.rope.rotary_dim // 2
+    rows = min(config.max_num_seqs, config.max_batched_tokens) + LOGIT_ROWS
+    return state + rope + SAMPLER_COPIES * 4 * rows * spec.vocab_size
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result

@@ -1,0 +1,214 @@
+"""The executor of one device: slots, caches and one forward pass a step, in this process."""
+
+import logging
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from shoal.kernels.paged import CacheShape, PagedBatch, flat_order, plan_batch
+from shoal.kernels.rope import rope_table
+from shoal.worker.config import EngineConfig
+from shoal.worker.executor import ModelInfo
+from shoal.worker.host import available_memory, resident_memory, usable_cores
+from shoal.worker.memory import LOGIT_ROWS, plan_memory
+from shoal.worker.model.decoder import Decoder
+from shoal.worker.model.loader import load_decoder, open_checkpoint
+from shoal.worker.model.precision import choose_precision
+from shoal.worker.request import SamplingParams
+from shoal.worker.sampler import Sampler, logprob_entries
+from shoal.worker.step import PromptLogprobs, Row, SlotInit, StepPlan, StepResult
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MAX_MODEL_LEN = 8192
+_WARM_UP_TOKENS = 64
+
+
+class InProcessExecutor:
+    """Implements `shoal.worker.executor.Executor`. Used by one thread."""
+
+    def __init__(self, decoder: Decoder, shape: CacheShape, max_model_len: int, slots: int) -> None:
+        spec = decoder.spec
+        self.info = ModelInfo(
+            architecture=spec.architecture,
+            vocab_size=spec.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=spec.eos_token_ids,
+            bos_token_id=spec.bos_token_id,
+            dtype=decoder.precision.name,
+        )
+        self.num_blocks = shape.num_blocks
+        self.block_size = shape.block_size
+        self._shape = shape
+        self._decoder = decoder
+        self._caches = [shape.allocate(decoder.precision.cache) for _ in decoder.layers]
+        self._rope = rope_table(spec.rope.inverse_frequencies(), max_model_len)
+        # A row a slot. The last token of a full sequence is stored, though never computed.
+        self._tokens = np.zeros((slots, max_model_len + 1), np.int64)
+        self._tables = np.zeros((slots, -(-max_model_len // shape.block_size)), np.int64)
+        self._table_len = np.zeros(slots, np.int64)
+        self._sampler = Sampler(slots, spec.vocab_size, spec.eos_token_ids)
+        self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt_len, likeliest)
+        self._tainted: set[int] = set()  # blocks that may hold values that are not finite
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        with torch.inference_mode():
+            for init in plan.init:
+                self._enter(init)
+            for grow in plan.grow:
+                self._append_blocks(grow.slot, grow.block_ids)
+            if self._tainted:
+                self._scrub(plan.rows)
+            return self._run(plan.rows) if plan.rows else StepResult(())
+
+    def close(self) -> None:
+        self._caches = []
+
+    def _enter(self, init: SlotInit) -> None:
+        slot, count = init.slot, len(init.token_ids)
+        self._tokens[slot, :count] = init.token_ids
+        self._tables[slot] = 0
+        self._table_len[slot] = 0
+        self._append_blocks(slot, init.block_ids)
+        self._sampler.set_slot(slot, init.sampling, init.seed, init.prompt_len)
+        self._prompt_logprobs.pop(slot, None)
+        if init.sampling.prompt_logprobs is not None:
+            self._prompt_logprobs[slot] = (init.prompt_len, init.sampling.prompt_logprobs)
+
+    def _append_blocks(self, slot: int, block_ids: tuple[int, ...]) -> None:
+        have = int(self._table_len[slot])
+        self._tables[slot, have : have + len(block_ids)] = block_ids
+        self._table_len[slot] = have + len(block_ids)
+
+    def _scrub(self, rows: tuple[Row, ...]) -> None:
+        """Zeroes tainted blocks that this step begins to fill: what is masked must be finite,
+        or one sequence's overflow would reach the next owner of its blocks."""
+        for row in rows:
+            first = -(-row.start // self.block_size)
+            last = (row.start + row.count - 1) // self.block_size
+            fresh = set(self._tables[row.slot, first : last + 1].tolist()) & self._tainted
+            self._tainted -= fresh
+            for cache in self._caches if fresh else ():
+                blocks = cache.view(2 * self._shape.kv_heads, self.num_blocks, -1)
+                blocks.index_fill_(1, torch.tensor(sorted(fresh)), 0.0)
+
+    def _run(self, rows: tuple[Row, ...]) -> StepResult:
+        slots = np.array([row.slot for row in rows])
+        starts = np.array([row.start for row in rows])
+        counts = np.array([row.count for row in rows])
+        order = flat_order(starts, counts)
+        ends = np.cumsum(counts[order])
+        depth = int((starts + counts - 1).max()) // self.block_size + 1
+        batch = plan_batch(
+            starts[order],
+            counts[order],
+            self._tables[slots[order], :depth],
+            self._shape,
+            self._decoder.precision.compute,
+            self._decoder.spec.sliding_window,
+        )
+        last = np.empty_like(ends)  # flat row of each sequence's last token, in the plan's order
+        last[order] = ends - 1
+        asked = [(row, int(end)) for row, end in zip(rows, last, strict=True)]
+        asked = [(row, end) for row, end in asked if row.slot in self._prompt_logprobs]
+        wanted = [last, *(self._prompt_rows(row, end) for row, end in asked)]
+        hidden = self._forward(batch, slots[order], np.concatenate(wanted))
+        self._note_overflow(hidden[: len(rows)], slots)
+        bounds = np.cumsum([len(part) for part in wanted]).tolist()
+        prompts = [
+            self._prompt_entries(row, hidden[first:end])
+            for (row, _), (first, end) in zip(asked, pairwise(bounds), strict=True)
+        ]
+        sampling = np.flatnonzero([row.sample for row in rows])
+        if not len(sampling):
+            return StepResult((), tuple(part for part in prompts if part.entries))
+        slots, lengths = slots[sampling], (starts + counts)[sampling]
+        logits = self._decoder.logits(hidden[torch.from_numpy(sampling)])
+        sampled = self._sampler.sample(logits, slots, lengths, self._tokens)
+        self._tokens[slots, lengths] = [result.token_id for result in sampled]
+        return StepResult(tuple(sampled), tuple(part for part in prompts if part.entries))
+
+    def _note_overflow(self, hidden: torch.Tensor, slots: np.ndarray) -> None:
+        """Remembers the blocks of sequences whose newest hidden state is not finite."""
+        finite = hidden.sum(-1).isfinite().numpy()
+        for slot in () if finite.all() else slots[~finite]:
+            self._tainted.update(self._tables[slot, : self._table_len[slot]].tolist())
+
+    def _forward(self, batch: PagedBatch, slots: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+        """Hidden states of the flat `rows`; `slots` in the batch's order of sequences."""
+        tokens = self._tokens[slots[batch.sequence], batch.position]
+        return self._decoder.forward(
+            torch.from_numpy(tokens),
+            self._rope.index_select(0, torch.from_numpy(batch.position)),
+            batch,
+            self._caches,
+            self._shape,
+            torch.from_numpy(rows),
+        )
+
+    def _prompt_rows(self, row: Row, last: int) -> np.ndarray:
+        """Flat rows of the tokens of `row` whose next token is of the prompt; `last` is the flat
+        row of its last token."""
+        prompt_len = self._prompt_logprobs[row.slot][0]
+        count = max(0, min(row.count, prompt_len - 1 - row.start))
+        first = last - row.count + 1
+        return np.arange(first, first + count)
+
+    def _prompt_entries(self, row: Row, hidden: torch.Tensor) -> PromptLogprobs:
+        likeliest = self._prompt_logprobs[row.slot][1]
+        following = torch.from_numpy(self._tokens[row.slot, row.start + 1 :])
+        entries = []
+        for first in range(0, len(hidden), LOGIT_ROWS):
+            part = hidden[first : first + LOGIT_ROWS]
+            chosen = following[first : first + len(part)]
+            entries += logprob_entries(self._decoder.logits(part), chosen, [likeliest] * len(part))
+        return PromptLogprobs(row.slot, row.start + 1, tuple(entries))
+
+
+def create_executor(
+    path: Path,
+    config: EngineConfig,
+    progress: Callable[[str, float], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> InProcessExecutor:
+    """Loads the model at `path` (a .gguf file, or a folder of config.json and safetensors).
+
+    `progress` is called with the name and seconds of each phase when it has ended: load, pack,
+    kv, warm-up. Sets torch's threads, for the process. Raises WeightError for a checkpoint that
+    cannot be used, NotEnoughMemory, and ValueError for a setting out of range.
+    """
+    torch.set_num_threads(config.threads or usable_cores())
+    started = clock()
+    precision = choose_precision(config.dtype)
+    checkpoint = open_checkpoint(path)
+    spec = checkpoint.spec
+    trained = spec.max_positions
+    max_model_len = config.max_model_len or min(trained, DEFAULT_MAX_MODEL_LEN)
+    if max_model_len > trained:
+        raise ValueError(f"max_model_len is {max_model_len}, the model's limit is {trained}")
+    memory = plan_memory(
+        spec, precision, config, max_model_len, available_memory(), resident_memory()
+    )
+    log.info("memory: %s", memory.describe())
+    decoder, times = load_decoder(checkpoint, precision, clock)
+    progress("load", clock() - started - times.pack)
+    progress("pack", times.pack)
+    started = clock()
+    shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
+    executor = InProcessExecutor(decoder, shape, max_model_len, config.max_num_seqs)
+    progress("kv", clock() - started)
+    started = clock()
+    _warm_up(executor, min(_WARM_UP_TOKENS, max_model_len - 1))
+    progress("warm-up", clock() - started)
+    return executor
+
+
+def _warm_up(executor: InProcessExecutor, tokens: int) -> None:
+    """One prefill and one decode step on the null block, whose content nobody reads unmasked."""
+    init = SlotInit(0, (0,) * tokens, tokens, SamplingParams(temperature=0.0), 0, ())
+    executor.execute(StepPlan(0, (init,), (), (Row(0, 0, tokens, sample=True),)))
+    executor.execute(StepPlan(1, (), (), (Row(0, tokens, 1, sample=True),)))
