@@ -2,10 +2,12 @@
 
 The supervisor holds the write end of a pipe that is the child's standard input. Whatever way
 the supervisor ends, SIGKILL included, the kernel closes that end and the child sees the end of
-its input. This works on every Unix and needs no polling.
+its input. This works on every Unix and needs no polling. A child that leads a process group,
+as those of a supervisor do, takes the group with it: what it started has no lifeline.
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ def watch_lifeline(environ: Mapping[str, str] = os.environ) -> None:
         while os.read(0, 4096):
             pass
         print("the supervisor is gone, ending", file=sys.stderr, flush=True)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
         os._exit(3)
 
     threading.Thread(target=wait, name="lifeline", daemon=True).start()

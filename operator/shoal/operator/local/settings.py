@@ -31,6 +31,9 @@ class SupervisorSettings:
     router_command: Sequence[str] = ("python", "-m", "shoal.router")
 
 
+Level = Literal["info", "warning", "error"]
+
+
 @dataclass(frozen=True, slots=True)
 class Update:
     """One line of news: what happened to which thing."""
@@ -38,7 +41,7 @@ class Update:
     kind: Literal["supervisor", "router", "pod", "service"]
     name: str  # of the pod or service; "router", "supervisor"
     message: str  # one sentence without a full stop, e.g. "ready after 2.1 s"
-    level: Literal["info", "warning", "error"] = "info"
+    level: Level = "info"
 
 
 class PortTaken(OSError):

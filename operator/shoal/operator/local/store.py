@@ -28,7 +28,13 @@ from typing import Any, Final, Literal
 import yaml
 
 from shoal.api.routes import RouteTable
-from shoal.api.types import InferenceService, parse_document, parse_manifest
+from shoal.api.types import (
+    InferenceService,
+    InvalidManifest,
+    Problem,
+    parse_document,
+    parse_manifest,
+)
 from shoal.operator.local import files
 from shoal.operator.local.records import PodRecord, SupervisorInfo
 
@@ -85,6 +91,18 @@ class Store:
     def services(self) -> list[InferenceService]:
         """All desired services by name. A document that does not parse raises InvalidManifest."""
         return [_read_service(path) for path in files.documents(self._services, ".yaml")]
+
+    def read_services(self) -> tuple[dict[str, InferenceService], dict[str, str]]:
+        """Desired services by name, and by name what is wrong with those that do not parse."""
+        good, wrong = {}, {}
+        for path in files.documents(self._services, ".yaml"):
+            try:
+                good[path.stem] = _read_service(path)
+            except FileNotFoundError:
+                continue
+            except (InvalidManifest, UnicodeDecodeError) as error:
+                wrong[path.stem] = str(error)
+        return good, wrong
 
     def get(self, name: str) -> InferenceService | None:
         path = self._services / f"{name}.yaml"
@@ -325,8 +343,11 @@ def to_document(service: InferenceService) -> dict[str, Any]:
 
 
 def _read_service(path: Path) -> InferenceService:
-    (service,) = parse_manifest(path.read_text(encoding="utf-8"))
-    return service
+    found = parse_manifest(path.read_text(encoding="utf-8"))
+    if len(found) != 1 or found[0].name != path.stem:
+        problem = f"must hold the one service {path.stem}, the name of its file"
+        raise InvalidManifest([Problem(str(path), problem)])
+    return found[0]
 
 
 def _try_lock(handle: int) -> bool:

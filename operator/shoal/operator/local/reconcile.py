@@ -1,0 +1,146 @@
+"""One service on this machine: look, plan, act. The planner decides, this carries it out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from shoal.api.types import (
+    ConditionStatus,
+    ConditionType,
+    InferenceService,
+    InferenceServiceStatus,
+)
+from shoal.operator.local.pods import Pods
+from shoal.operator.local.settings import Update
+from shoal.operator.local.store import Store
+from shoal.operator.observe import Claim, Observed, RouterView
+from shoal.operator.plan import (
+    Action,
+    CreatePod,
+    DeletePod,
+    DrainPod,
+    ForgetRevision,
+    RemoveRoutes,
+    ResumePod,
+    SaveRevision,
+    WriteRoutes,
+    plan,
+    plan_removal,
+)
+from shoal.operator.revision import Revision
+
+_ANNOUNCED = (ConditionType.READY, ConditionType.PROGRESSING, ConditionType.DEGRADED)
+
+
+class Reconciler:
+    """Brings the machine nearer to what is wanted, one plan at a time."""
+
+    def __init__(self, store: Store, pods: Pods, url: str) -> None:
+        self._store = store
+        self._pods = pods
+        self._url = url
+
+    def reconcile(
+        self,
+        service: InferenceService,
+        claims: tuple[Claim, ...],
+        views: Mapping[str, RouterView] | None,
+        now: float,
+    ) -> tuple[bool, list[Update]]:
+        """Whether anything was done, and the news of the service's conditions.
+
+        `views` is what the router said last, None where it does not answer.
+        """
+        observed = self._observe(service.name, claims, views)
+        decided = plan(service, observed, now)
+        for action in decided.actions:
+            self._perform(service.name, action)
+        document = decided.status.model_dump(by_alias=True, mode="json", exclude_none=True)
+        self._store.write_status(service.name, document)
+        return bool(decided.actions), _news(service.name, observed.status, decided.status)
+
+    def remove(self, name: str, views: Mapping[str, RouterView] | None, now: float) -> bool:
+        """Drains and ends what runs for a service that nobody wants; whether it is all gone."""
+        observed = self._observe(name, (), views)
+        actions = plan_removal(observed, now)
+        for action in actions:
+            self._perform(name, action)
+        if actions or observed.pods:
+            return False
+        self._store.forget(name)
+        return True
+
+    def _observe(
+        self, name: str, claims: tuple[Claim, ...], views: Mapping[str, RouterView] | None
+    ) -> Observed:
+        # A router that answers but does not know the service acts on no table of it.
+        routers = () if views is None else (views.get(name, RouterView(0)),)
+        return Observed(
+            pods=self._pods.observed(name),
+            routers=routers,
+            table=self._store.routes(name),
+            revisions=tuple(self._revisions(name).values()),
+            status=_read_status(self._store.status(name)),
+            claims=claims,
+            url=f"{self._url}/v1",
+        )
+
+    def _perform(self, service: str, action: Action) -> None:
+        match action:
+            case CreatePod(pod):
+                self._pods.create(service, pod)
+            case DrainPod(name):
+                self._pods.mark_draining(name, True)
+            case ResumePod(name):
+                self._pods.mark_draining(name, False)
+            case DeletePod(name, grace):
+                self._pods.delete(name, grace)
+            case WriteRoutes(table):
+                self._store.write_routes(table)
+            case RemoveRoutes():
+                self._store.remove_routes(service)
+            case SaveRevision(revision):
+                self._write(service, {**self._revisions(service), revision.name: revision})
+            case ForgetRevision(name):
+                kept = self._revisions(service)
+                kept.pop(name, None)
+                self._write(service, kept)
+
+    def _revisions(self, service: str) -> dict[str, Revision]:
+        found = {}
+        for name, document in self._store.revisions(service).items():
+            try:
+                found[name] = Revision.from_document(document)
+            except (ValueError, KeyError, TypeError):
+                continue  # of a release whose fields differ: its pods cannot be made again
+        return found
+
+    def _write(self, service: str, revisions: Mapping[str, Revision]) -> None:
+        documents = {name: revision.to_document() for name, revision in revisions.items()}
+        self._store.write_revisions(service, documents)
+
+
+def _read_status(document: dict[str, Any] | None) -> InferenceServiceStatus:
+    try:
+        return InferenceServiceStatus.model_validate(document or {})
+    except ValidationError:
+        return InferenceServiceStatus()
+
+
+def _news(name: str, before: InferenceServiceStatus, after: InferenceServiceStatus) -> list[Update]:
+    """A line for each condition that people care about and that changed its mind."""
+    news = []
+    for kind in _ANNOUNCED:
+        old, new = before.condition(kind), after.condition(kind)
+        if new is None or (
+            old is not None and (old.status, old.reason) == (new.status, new.reason)
+        ):
+            continue
+        said = f"{kind}={new.status} ({new.reason}{': ' if new.message else ''}{new.message})"
+        bad = (kind is ConditionType.DEGRADED) == (new.status is ConditionStatus.TRUE)
+        trouble = bad and (kind is ConditionType.DEGRADED or old is not None)
+        if kind is ConditionType.DEGRADED and not trouble and old is None:
+            continue
+        news.append(Update("service", name, said, "warning" if trouble else "info"))
+    return news
