@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from shoal.api.types import (
+    Condition,
     ConditionStatus,
     ConditionType,
     InferenceService,
@@ -30,7 +31,12 @@ from shoal.operator.plan import (
 )
 from shoal.operator.revision import Revision
 
-_ANNOUNCED = (ConditionType.READY, ConditionType.PROGRESSING, ConditionType.DEGRADED)
+# The conditions that are announced, each with the status that means trouble.
+_TROUBLE = {
+    ConditionType.READY: ConditionStatus.FALSE,
+    ConditionType.PROGRESSING: ConditionStatus.FALSE,
+    ConditionType.DEGRADED: ConditionStatus.TRUE,
+}
 
 
 class Reconciler:
@@ -131,16 +137,18 @@ def _read_status(document: dict[str, Any] | None) -> InferenceServiceStatus:
 def _news(name: str, before: InferenceServiceStatus, after: InferenceServiceStatus) -> list[Update]:
     """A line for each condition that people care about and that changed its mind."""
     news = []
-    for kind in _ANNOUNCED:
+    for kind, trouble in _TROUBLE.items():
         old, new = before.condition(kind), after.condition(kind)
-        if new is None or (
-            old is not None and (old.status, old.reason) == (new.status, new.reason)
-        ):
+        if new is None or _same(old, new):
             continue
-        said = f"{kind}={new.status} ({new.reason}{': ' if new.message else ''}{new.message})"
-        bad = (kind is ConditionType.DEGRADED) == (new.status is ConditionStatus.TRUE)
-        trouble = bad and (kind is ConditionType.DEGRADED or old is not None)
-        if kind is ConditionType.DEGRADED and not trouble and old is None:
-            continue
-        news.append(Update("service", name, said, "warning" if trouble else "info"))
+        wrong = new.status is trouble
+        if old is None and wrong is (kind is not ConditionType.DEGRADED):
+            continue  # a new service is not ready yet, and not degraded: no news
+        said = f"{new.reason}: {new.message}" if new.message else new.reason
+        line = f"{kind}={new.status} ({said})"
+        news.append(Update("service", name, line, "warning" if wrong else "info"))
     return news
+
+
+def _same(old: Condition | None, new: Condition) -> bool:
+    return old is not None and (old.status, old.reason) == (new.status, new.reason)

@@ -172,7 +172,7 @@ class Store:
     def remove_pod(self, name: str) -> None:
         (self.root / "pods" / f"{name}.json").unlink(missing_ok=True)
 
-    def revisions(self, name: str) -> dict[str, object]:
+    def revisions(self, name: str) -> dict[str, Any]:
         return files.read_json(self.root / "revisions" / f"{name}.json") or {}
 
     def write_revisions(self, name: str, revisions: Mapping[str, object]) -> None:

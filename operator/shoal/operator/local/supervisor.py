@@ -31,7 +31,7 @@ _LEFTOVER_SECONDS = 5.0
 _WORKER_GRACE_SECONDS = 5.0  # once the router has ended nothing is in flight
 _ROUTER_MARGIN_SECONDS = 3.0
 _LOG_SECONDS = 5.0  # between two looks at the size of logs
-_EAGER_SECONDS = 0.1  # between two questions to the router while something is under way
+_EAGER_SECONDS = 0.2  # between two questions to the router while something is under way
 
 
 async def supervise(
@@ -82,9 +82,9 @@ class _Supervisor:
         self._stop = stop
         self._killed = asyncio.Event()
         self._wake = asyncio.Event()
-        self._pods = Pods(
-            store, settings, Machine(ports), changed=self._wake.set, on_update=on_update
-        )
+        machine = Machine(ports)
+        self._clock = machine.clock
+        self._pods = Pods(store, settings, machine, changed=self._wake.set, on_update=on_update)
         self._reconciler = Reconciler(store, self._pods, info.url)
         self._services: dict[str, InferenceService] = {}
         self._wrong: dict[str, str] = {}
@@ -131,7 +131,7 @@ class _Supervisor:
         """Looks at every service once; whether there may be more to do at once."""
         self._read_services()
         owned = claims(self._services.values())
-        now = time.time()
+        now = self._clock()
         busy = False
         for name, service in self._services.items():
             acted, news = self._reconciler.reconcile(service, owned[name], self._views, now)
@@ -178,7 +178,7 @@ class _Supervisor:
         client = RouterClient(self._info.grpc_address)
         try:
             while True:
-                views = await client.views(timeout=2.0)
+                views = await client.views(within=2.0)
                 if views != self._views:
                     self._views = views
                     self._wake.set()
