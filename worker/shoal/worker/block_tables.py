@@ -48,7 +48,7 @@ class BlockTables:
         """Gives a sequence without blocks those for all its tokens. It `fits`."""
         for block in shared:
             self.pool.retain(block)
-        seq.block_ids = shared
+        seq.block_ids = list(shared)
         seq.capacity = seq.num_computed = len(shared) * self.block_size
         seq.num_registered = len(shared)
         self.grow(seq, self._num_blocks(len(seq.tokens)) - len(shared))

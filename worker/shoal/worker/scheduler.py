@@ -112,9 +112,10 @@ class Scheduler:
         """Raises ValueError if the result does not answer the rows of the plan handed out."""
         if [seq.slot for seq in self._sampling] != [sampled.slot for sampled in result.sampled]:
             raise ValueError("the executor's result does not match the plan's rows")
-        slots = {seq.slot for seq in self._in_step}
-        if any(part.slot not in slots for part in result.prompt_logprobs):
-            raise ValueError("the executor's prompt logprobs are of slots not in the plan")
+        if result.prompt_logprobs:
+            slots = {seq.slot for seq in self._in_step}
+            if any(part.slot not in slots for part in result.prompt_logprobs):
+                raise ValueError("the executor's prompt logprobs are of slots not in the plan")
 
     def commit(self, result: StepResult) -> list[SequenceDelta]:
         """Takes the tokens drawn, of a result that was checked; sequences that end with them free
@@ -131,7 +132,6 @@ class Scheduler:
                 self.end(seq)
                 deltas.append(seq.ending(FinishReason.ERROR, sampled.error, ErrorCode.INTERNAL))
                 continue
-            self.counters.generated_tokens += 1
             delta = seq.advance(sampled.token_id, sampled.logprobs)
             deltas.append(delta)
             if delta.finish is not None:
@@ -139,6 +139,7 @@ class Scheduler:
             elif place >= num_decodes:
                 _discard(self._prefilling, seq)
                 insort(self._decoding, seq, key=_ORDER)
+        self.counters.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
         self._in_step, self._sampling = [], []
         return deltas
 
