@@ -145,6 +145,8 @@ def _structural(node: Schema) -> Schema:
             node["x-kubernetes-preserve-unknown-fields"] = True
     elif extra is not None:
         node["additionalProperties"] = _structural(extra)
+    if "exclusiveMinimum" in node:  # a flag beside the minimum, in OpenAPI 3.0
+        node["minimum"], node["exclusiveMinimum"] = node["exclusiveMinimum"], True
     if "properties" in node:
         node["properties"] = {key: _structural(value) for key, value in node["properties"].items()}
     if "items" in node:

@@ -150,6 +150,8 @@ def _explain(detail: ErrorDetails) -> Problem:
             return Problem(path, f"{_shown(value)} is too small; at least {context['ge']}")
         case "less_than_equal":
             return Problem(path, f"{_shown(value)} is too large; at most {context['le']}")
+        case "greater_than":
+            return Problem(path, f"{_shown(value)} is too small; more than {context['gt']:g}")
         case "enum" | "literal_error":
             return Problem(path, _not_one_of(value, context["expected"]))
         case "string_pattern_mismatch":
@@ -239,7 +241,9 @@ def _nearest_field(loc: tuple[int | str, ...]) -> str:
     known = [field.alias or name for name, field in model.model_fields.items()] if model else []
     folded = {name.casefold(): name for name in known}
     key = str(loc[-1]).replace("_", "").replace("-", "").casefold()
-    near = difflib.get_close_matches(key, folded, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(key, folded, n=1, cutoff=0.6) or [
+        name for name in folded if len(key) > 2 and name.startswith(key)
+    ]
     if near:
         return f"did you mean {folded[near[0]]}?"
     return f"known here: {', '.join(known)}"

@@ -1,5 +1,6 @@
 """Kubernetes quantities: `500m`, `8`, `1.5`, `64Gi`."""
 
+import math
 import re
 from decimal import Decimal
 from types import MappingProxyType
@@ -39,7 +40,7 @@ def parse_quantity(text: str) -> Decimal:
 
 def to_bytes(text: str) -> int:
     """A memory quantity in whole bytes, rounded up."""
-    return -int(-parse_quantity(text) // 1)
+    return math.ceil(parse_quantity(text))
 
 
 def to_cores(text: str) -> float:

@@ -4,6 +4,7 @@ A rule looks at the part of the document at `scope` and holds or not. Its messag
 with one `%s` for each of `values`, which both languages fill in.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Violation:
 
 def _listed(items: Iterable[object]) -> str:
     """A list as CEL's format shows it."""
-    return f"[{', '.join(map(str, items))}]"
+    return json.dumps(list(items), ensure_ascii=False)
 
 
 def _layout_holds(spec: InferenceServiceSpec) -> bool:

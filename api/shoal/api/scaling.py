@@ -55,7 +55,7 @@ class MetricSpec(ApiModel):
         "KvUtilization: share of KV blocks in use. TtftP95: seconds to the first token."
     )
     target: float = Field(
-        ge=0.001,
+        gt=0,
         le=1_000_000,
         description="Value per replica to aim at; a share of 1 for KvUtilization, "
         "seconds for TtftP95.",

@@ -9,10 +9,8 @@ Schema = dict[str, Any]
 
 
 def inlined_schema() -> Schema:
-    """The schema of InferenceService without references, titles or null alternatives.
-
-    Defaults of objects are `{}` where every default within them stands at its own field.
-    """
+    """The schema of InferenceService without references, titles, or null alternatives and
+    defaults."""
     raw = InferenceService.model_json_schema(by_alias=True, mode="validation")
     return _inline(raw, raw.pop("$defs"))
 
@@ -38,20 +36,28 @@ def _inline(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Schema
         del node["anyOf"]
         return _inline({**_inline(alternatives[0], definitions), **node}, definitions)
     node.pop("title", None)
-    if node.get("default", ...) is None:
-        del node["default"]
+    if "default" in node:
+        node["default"] = _without_nulls(node["default"])
+        if node["default"] is None:
+            del node["default"]
     if "const" in node:
         node["enum"] = [node.pop("const")]
     if "properties" in node:
         node["properties"] = {
             key: _inline(value, definitions) for key, value in node["properties"].items()
         }
-        if isinstance(node.get("default"), dict):
-            node["default"] = {}
     for key in ("items", "additionalProperties"):
         if isinstance(node.get(key), dict):
             node[key] = _inline(node[key], definitions)
     return node
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def _without_kubernetes_keys(node: Schema) -> Schema:

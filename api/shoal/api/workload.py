@@ -132,7 +132,7 @@ class EngineSpec(ApiModel):
     )
     kv_cache_memory_fraction: float = Field(
         default=0.9,
-        ge=0.01,
+        gt=0,
         le=1.0,
         description="Share of the memory left beside the weights that the KV cache takes.",
     )
