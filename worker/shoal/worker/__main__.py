@@ -89,7 +89,7 @@ async def run(options: Options) -> int:
         # What start-up made stays for good: the collector need not walk it again.
         gc.collect()
         gc.freeze()
-        event(log, "ready", seconds=round(time.monotonic() - started, 3), pod=options.pod_name)
+        event(log, "ready", seconds=round(time.monotonic() - started, 3), **_pod(options))
         return await _serve_until(stop, server, options.drain_seconds)
     finally:
         await server.stop()
@@ -110,6 +110,10 @@ async def _serve_until(
     unfinished = await server.drain(drain_seconds)
     event(log, "stopped", unfinished=unfinished)
     return 0
+
+
+def _pod(options: Options) -> dict[str, str]:
+    return {"pod": options.pod_name} if options.pod_name else {}
 
 
 def _result(loading: asyncio.Task[Loaded]) -> Loaded | None:
