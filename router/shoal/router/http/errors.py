@@ -45,7 +45,7 @@ _LIMITS = {  # pydantic's type -> (key of the limit, words, OpenAI's code)
     "less_than_equal": ("le", "must be at most", "above_max_value"),
 }
 # Values that OpenAI knows and Shoal does not serve yet.
-_LATER = frozenset({"tool", "function", "image_url", "input_audio", "file", "refusal"})
+_LATER = ("tool", "function", "image_url", "input_audio", "file", "refusal")
 
 
 class ApiError(Exception):

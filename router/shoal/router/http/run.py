@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from shoal.api.v1 import engine_pb2
-from shoal.router.generation import Generation, Output
+from shoal.router.generation import Generation, GenerationError, Output
 from shoal.router.http.errors import Headers
 from shoal.router.text_stream import TextStream
 
@@ -53,12 +53,13 @@ class Run:
         self.streams = streams
         self._samples = len(streams) // len(generations)
         self._discard = discard
+        self._left = len(streams)
         self._cached = [0] * len(generations)
 
     @property
     def done(self) -> bool:
-        """Nothing more will come."""
-        return all(generation.done for generation in self.generations)
+        """Every choice has ended."""
+        return not self._left
 
     def prompt_of(self, choice: int) -> int:
         return choice // self._samples
@@ -91,10 +92,12 @@ class Run:
             generation = self.generations[0]
             while not generation.done:
                 yield self._take(0, await generation.next())
-            return
-        async with aclosing(_merged(self.generations)) as merged:
-            async for prompt, outputs in merged:
-                yield self._take(prompt, outputs)
+        else:
+            async with aclosing(_merged(self.generations)) as merged:
+                async for prompt, outputs in merged:
+                    yield self._take(prompt, outputs)
+        if self._left:
+            raise GenerationError(499, "cancelled", "the client hung up")
 
     def _take(self, prompt: int, outputs: list[Output]) -> list[Step]:
         generation = self.generations[prompt]
@@ -102,14 +105,18 @@ class Run:
         for output in outputs:
             choice = prompt * self._samples + output.index
             stream = self.streams[choice]
+            if stream.finish is not None:
+                continue
             if output.cached_tokens > self._cached[prompt]:
                 self._cached[prompt] = output.cached_tokens
             if self._discard:
                 steps.append((choice, stream.feed((), _LENGTH), output))
             else:
                 steps.append((choice, stream.feed(output.token_ids, output.finish), output))
-            if stream.finish is not None and not output.finish:
-                generation.cancel(output.index)
+            if stream.finish is not None:
+                self._left -= 1
+                if not output.finish:
+                    generation.cancel(output.index)
         return steps
 
 
