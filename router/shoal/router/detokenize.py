@@ -5,13 +5,12 @@ concatenation of table rows through an incremental UTF-8 decoder. Any other voca
 through the tokenizer's own decoder over a sliding window.
 """
 
-from codecs import getincrementaldecoder
+from codecs import utf_8_decode
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
 
-_Utf8Decoder = getincrementaldecoder("utf-8")
 _CONTEXT = 6  # prompt tokens that decide how the first generated token is written
 _REPLACEMENT = "\ufffd"
 
@@ -80,20 +79,26 @@ class Vocabulary:
 
 
 class _ByteDetokenizer:
-    __slots__ = ("_decode", "_table")
+    __slots__ = ("_pending", "_table")
 
     def __init__(self, table: list[bytes]) -> None:
         self._table = table  # [vocabulary size]
-        self._decode = _Utf8Decoder("replace").decode
+        self._pending = b""  # the beginning of a character
 
     def feed(self, token_ids: Sequence[int]) -> str:
         table = self._table
         if len(token_ids) == 1:
-            return self._decode(table[token_ids[0]])
-        return self._decode(b"".join([table[i] for i in token_ids]))
+            data = self._pending + table[token_ids[0]]
+        else:
+            data = self._pending + b"".join([table[i] for i in token_ids])
+        text, used = utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        text, _ = utf_8_decode(self._pending, "replace", True)
+        self._pending = b""
+        return text
 
 
 class _WindowDetokenizer:
