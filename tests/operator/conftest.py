@@ -1,8 +1,10 @@
 """Builders for planner tests, and a small world that carries plans out."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,10 @@ from shoal.operator.plan import (
     plan,
     plan_removal,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tests.operator.local_machine import LocalMachine, service_of
 
 CREATED = datetime(2025, 1, 1, tzinfo=UTC)
 
@@ -183,3 +189,14 @@ def service() -> Callable[..., InferenceService]:
 def new_world() -> Callable[[], World]:
     """For property tests, which make a world an example."""
     return World
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> LocalMachine:
+    return LocalMachine(tmp_path)
+
+
+@pytest.fixture
+def local_service() -> Callable[..., InferenceService]:
+    """A service for the fake workers."""
+    return service_of

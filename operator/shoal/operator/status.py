@@ -154,7 +154,12 @@ def _replicas_ready(situation: Situation) -> _Verdict:
 def _routable(situation: Situation) -> _Verdict:
     kind, routable = ConditionType.ROUTABLE, situation.routable
     if routable:
-        return _Verdict(kind, TRUE, "Admitted", f"routers send requests to {routable} replicas")
+        return _Verdict(
+            kind,
+            TRUE,
+            "Admitted",
+            f"routers send requests to {routable} of {situation.bounds.replicas} replicas",
+        )
     if not situation.bounds.replicas:
         return _Verdict(kind, FALSE, "ScaledToZero", "spec.replicas is 0")
     if not situation.ready:
@@ -171,7 +176,8 @@ def _progressing(situation: Situation) -> _Verdict:
     if situation.service.spec.paused:
         return _Verdict(kind, UNKNOWN, "Paused", "spec.paused holds back new revisions")
     if situation.complete:
-        message = f"revision {target} serves with {situation.bounds.replicas} replicas"
+        wanted = situation.bounds.replicas
+        message = f"revision {target} serves with {wanted} of {wanted} replicas"
         return _Verdict(kind, TRUE, "Complete", message)
     if failing := [pod for pod in situation.failing if pod.revision == target]:
         return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
@@ -189,7 +195,8 @@ def _degraded(situation: Situation) -> _Verdict:
         return _Verdict(kind, TRUE, refusal.reason, _sentences(situation.refusals))
     if situation.failing:
         return _Verdict(kind, TRUE, "ReplicaFails", _pod_sentence(situation.failing[0]))
-    if situation.active is not None and situation.bounds.replicas and not situation.routable:
+    served = situation.observed.status.active_revision is not None
+    if served and situation.bounds.replicas and not situation.routable:
         return _Verdict(kind, TRUE, "NobodyServes", _ready(situation).message)
     return _Verdict(kind, FALSE, "AsWanted", "")
 

@@ -76,12 +76,15 @@ def start_child(argv: Sequence[str], environ: Mapping[str, str], log: LogFile) -
 
 
 def process_started(pid: int) -> float | None:
-    """When the kernel says that the process started; None where there is no such process.
+    """When the kernel says that the process started; None where no such process runs.
 
     A pid with this time names a process for good; a pid alone may come to name another.
     """
     try:
-        return psutil.Process(pid).create_time()
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process.create_time()
     except psutil.Error:
         return None
 

@@ -151,4 +151,7 @@ def _news(name: str, before: InferenceServiceStatus, after: InferenceServiceStat
 
 
 def _same(old: Condition | None, new: Condition) -> bool:
-    return old is not None and (old.status, old.reason) == (new.status, new.reason)
+    """Whether nothing is worth a line: while a service is not ready its reason may change often."""
+    if old is None or old.status is not new.status:
+        return False
+    return old.reason == new.reason or new.type is ConditionType.READY
