@@ -25,3 +25,9 @@ def _load(name: str) -> ModuleType:
 def kv() -> ModuleType:
     """The module `kv_model`: an executor that checks what every row reads."""
     return _load("kv_model")
+
+
+@pytest.fixture(scope="session")
+def models() -> ModuleType:
+    """The module `model_zoo`: tiny random models, the real one, and transformers as oracle."""
+    return _load("model_zoo")
