@@ -4,6 +4,7 @@ The types hold every field of the API, so that a manifest written for a later re
 understood; what would have no effect here is refused with its path and value.
 """
 
+import json
 from collections.abc import Iterator
 
 from shoal.api.types import ApiModel, InferenceServiceSpec, RolloutStrategy
@@ -61,7 +62,13 @@ def _differs(spec: InferenceServiceSpec, path: tuple[str, ...]) -> Iterator[str]
         return
     dotted = ".".join(_alias(spec, path))
     # A whole section is named alone: its keys are many.
-    yield f"spec.{dotted}={value}" if isinstance(value, str | int | float) else f"spec.{dotted}"
+    match value:
+        case str():
+            yield f"spec.{dotted}={value}"
+        case bool() | int() | float():
+            yield f"spec.{dotted}={json.dumps(value)}"
+        case _:
+            yield f"spec.{dotted}"
 
 
 def _alias(spec: InferenceServiceSpec, path: tuple[str, ...]) -> Iterator[str]:

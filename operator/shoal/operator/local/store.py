@@ -36,10 +36,21 @@ from shoal.api.types import (
     parse_manifest,
 )
 from shoal.operator.local import files
+from shoal.operator.local.lock import ENV_STATE_DIR, SupervisorLock, SupervisorRuns
 from shoal.operator.local.records import PodRecord, SupervisorInfo
 
-ENV_STATE_DIR: Final = "SHOAL_STATE_DIR"
 ROUTER_POD: Final = "router"
+
+__all__ = [
+    "ENV_STATE_DIR",
+    "ROUTER_POD",
+    "ApplyResult",
+    "Store",
+    "SupervisorRuns",
+    "UnknownService",
+    "default_root",
+    "to_document",
+]
 
 ApplyResult = Literal["created", "configured", "unchanged"]
 
@@ -50,18 +61,6 @@ class UnknownService(LookupError):
     def __init__(self, name: str, known: list[str]) -> None:
         there = f"there are: {', '.join(known)}" if known else "there are none"
         super().__init__(f'inferenceservice "{name}" not found; {there}')
-
-
-class SupervisorRuns(RuntimeError):
-    """Another supervisor holds the state directory."""
-
-    def __init__(self, root: Path, info: SupervisorInfo | None) -> None:
-        who = f"process {info.pid} ({info.url})" if info else "another process"
-        super().__init__(
-            f"{who} already serves from {root}; stop it, or name another state directory "
-            f"with --state-dir or {ENV_STATE_DIR}"
-        )
-        self.info = info
 
 
 def default_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -83,6 +82,7 @@ class Store:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.root = root
+        self._lock = SupervisorLock(root)
         self._clock = clock
         self._sleep = sleep
 
@@ -117,7 +117,8 @@ class Store:
         wanted = service if isinstance(service, InferenceService) else parse_document(service)
         with self._writing():
             current = self.get(wanted.metadata.name)
-            if current is not None and "replicas" not in wanted.spec.model_fields_set:
+            said = current.spec.model_fields_set if current is not None else set()
+            if current is not None and "replicas" in said - wanted.spec.model_fields_set:
                 spec = wanted.spec.model_copy(update={"replicas": current.spec.replicas})
                 wanted = wanted.model_copy(update={"spec": spec})
             return self._write(current, wanted)
@@ -221,31 +222,13 @@ class Store:
 
     def supervisor(self) -> SupervisorInfo | None:
         """The supervisor that runs, or None where none does."""
-        try:
-            handle = os.open(self._lock, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return self._read_lock()
-        finally:
-            os.close(handle)
-        return None
+        return self._lock.holder()
 
     @contextmanager
     def hold(self, info: SupervisorInfo) -> Iterator[None]:
         """Holds the directory as its one supervisor. Raises SupervisorRuns where one is there."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self._lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # A reader that asks `supervisor()` holds a shared lock for an instant.
-            if not self.wait(lambda: _try_lock(handle), 0.5, interval=0.02):
-                raise SupervisorRuns(self.root, self._read_lock())
-            files.write_json(self._info, asdict(info))
+        with self._lock.hold(info):
             yield
-        finally:
-            os.close(handle)
 
     # Waiting, for commands.
 
@@ -278,14 +261,6 @@ class Store:
     @property
     def _services(self) -> Path:
         return self.root / "services"
-
-    @property
-    def _lock(self) -> Path:
-        return self.root / "supervisor.lock"
-
-    @property
-    def _info(self) -> Path:
-        return self.root / "supervisor.json"
 
     def _existing(self, name: str) -> InferenceService:
         current = self.get(name)
@@ -323,13 +298,6 @@ class Store:
         finally:
             os.close(handle)
 
-    def _read_lock(self) -> SupervisorInfo | None:
-        document = files.read_json(self._info) or {}
-        try:
-            return SupervisorInfo(**document)  # type: ignore[arg-type]  # written by `hold`
-        except TypeError:
-            return None
-
 
 def to_document(service: InferenceService) -> dict[str, Any]:
     """The service as YAML has it: what was said, without defaults and without status."""
@@ -348,14 +316,6 @@ def _read_service(path: Path) -> InferenceService:
         problem = f"must hold the one service {path.stem}, the name of its file"
         raise InvalidManifest([Problem(str(path), problem)])
     return found[0]
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _condition_status(status: Mapping[str, object], kind: str) -> object:
