@@ -1,0 +1,181 @@
+"""The engine's greedy tokens are transformers' on the real model, however they are computed.
+
+transformers runs once over each prompt with our 64 tokens behind it: where its argmax at every
+position is our next token, its own greedy generation is ours, by induction.
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+
+from shoal.kernels.paged import CacheShape
+from shoal.worker.config import EngineConfig
+from shoal.worker.engine import Engine
+from shoal.worker.request import EngineRequest, FinishReason, SamplingParams
+from shoal.worker.runner import InProcessExecutor
+from shoal.worker.step import Row, SlotInit, StepPlan
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+NEW = 64
+# Around the borders of blocks (16), tiles (64) and budgets (16, 100), and up to 900.
+LENGTHS = (
+    *(1, 2, 3, 5, 8, 13, 15, 16, 17, 20, 25, 31, 32, 33, 40, 47),
+    *(48, 63, 64, 65, 80, 99, 100, 127, 128, 129, 170, 255, 300, 400, 600, 900),
+)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What all tests here share: one set of weights, the prompts and the tokens to expect."""
+
+    executor: InProcessExecutor
+    prompts: Sequence[Tokens]
+    alone: Sequence[Tokens]
+
+    def engine(self, **settings: object) -> Engine:
+        config = EngineConfig(**{"max_num_seqs": 32, **settings})
+        return Engine(self.executor, config)
+
+
+@pytest.fixture(scope="module")
+def parity(models: ModuleType) -> Iterator[Parity]:
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(11)
+    prompts = [
+        tuple(torch.randint(100, 49152, (n,), generator=generator).tolist()) for n in LENGTHS
+    ]
+    executor = build(models, "float32", blocks=600)
+    alone = []
+    for index, prompt in enumerate(prompts):
+        engine = Engine(executor, EngineConfig(max_num_seqs=1, enable_prefix_caching=False))
+        alone += generate(engine, {f"alone-{index}": prompt}).values()
+    yield Parity(executor, prompts, alone)
+    torch.set_num_threads(threads)
+
+
+def build(models: ModuleType, dtype: str, blocks: int) -> InProcessExecutor:
+    decoder = models.load(models.smollm2_path(), dtype)
+    shape = CacheShape(blocks, 16, decoder.spec.num_kv_heads, decoder.spec.head_dim)
+    return InProcessExecutor(decoder, shape, max_model_len=1024, slots=32)
+
+
+def generate(engine: Engine, prompts: dict[str, Tokens]) -> dict[str, Tokens]:
+    """All prompts at once, to their ends."""
+    for name, prompt in prompts.items():
+        engine.add(EngineRequest(name, prompt, len(prompt), GREEDY))
+    found: dict[str, Tokens] = dict.fromkeys(prompts, ())
+    ends = {}
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            found[delta.key.request_id] += delta.token_ids
+            ends[delta.key.request_id] = delta.finish
+    assert set(ends.values()) == {FinishReason.LENGTH}
+    return found
+
+
+def batched(parity: Parity, engine: Engine) -> list[Tokens]:
+    return list(generate(engine, {str(i): p for i, p in enumerate(parity.prompts)}).values())
+
+
+def test_alone(parity: Parity, models: ModuleType) -> None:
+    """32 prompts of 1 to 900 tokens, 64 new each, one at a time: transformers' own."""
+    for prompt, tokens in zip(parity.prompts, parity.alone, strict=True):
+        assert len(tokens) == NEW
+        predicted = last_logits(models.smollm2(), prompt + tokens).argmax(-1)
+        assert tuple(predicted.tolist()) == tokens, f"prompt of {len(prompt)} tokens"
+
+
+@pytest.mark.parametrize("budget", [16, 100, 2048])
+def test_mixed_batches_and_chunked_prefill(parity: Parity, budget: int) -> None:
+    """All 32 at once under budgets that cut prompts into chunks beside decoding sequences."""
+    engine = parity.engine(max_batched_tokens=budget, enable_prefix_caching=False)
+    assert batched(parity, engine) == list(parity.alone)
+
+
+def test_prefix_cache_cold_and_warm(parity: Parity) -> None:
+    """The second time the prompts' full blocks come from the cache, and the tokens are equal."""
+    engine = parity.engine()
+    assert batched(parity, engine) == list(parity.alone)
+    hits = engine.stats().prefix_hit_tokens
+    assert batched(parity, engine) == list(parity.alone)
+    found = engine.stats().prefix_hit_tokens - hits
+    assert found == sum((length - 1) // 16 * 16 for length in LENGTHS)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_preemption(parity: Parity, caching: bool) -> None:
+    """A pool so small that sequences are preempted and recomputed: equal tokens all the same."""
+    whole = parity.executor
+    decoder, shape = whole._decoder, CacheShape(90, 16, 3, 64)
+    executor = InProcessExecutor(decoder, shape, max_model_len=1024, slots=32)
+    engine = Engine(executor, EngineConfig(max_num_seqs=32, enable_prefix_caching=caching))
+    assert batched(parity, engine) == list(parity.alone)
+    assert engine.stats().preemptions > 0
+
+
+def test_bfloat16_differs_only_within_its_noise(parity: Parity, models: ModuleType) -> None:
+    """Teacher-forced through our decode steps in bfloat16: where our choice is not transformers'
+    in float32, the two logits are nearer than bfloat16 shifts logits in transformers itself."""
+    forced = [p + tokens for p, tokens in zip(parity.prompts, parity.alone, strict=True)]
+    ours = forced_choices(build(models, "bfloat16", blocks=600), forced)
+    reference = models.smollm2()
+    low = deepcopy(reference).to(torch.bfloat16)
+    gaps, shifts, agreed = [], [], 0
+    for tokens, choices in zip(forced, ours, strict=True):
+        exact = last_logits(reference, tokens)
+        best = exact.max(-1)
+        shift = last_logits(low, tokens) - exact
+        # Of the tokens in question, relative to each other: a common shift changes no choice.
+        rivals = exact.topk(2).indices
+        pair = shift.gather(1, rivals)
+        shifts.append((pair[:, 0] - pair[:, 1]).abs())
+        picked = exact.gather(1, choices[:, None]).squeeze(1)
+        gaps.append(best.values - picked)
+        agreed += int((choices == best.indices).sum())
+    noise = torch.cat(shifts).max()
+    assert torch.cat(gaps).max() <= noise
+    assert agreed >= 0.97 * NEW * len(forced)
+
+
+@torch.inference_mode()
+def last_logits(model: torch.nn.Module, tokens: Tokens) -> torch.Tensor:
+    """transformers' logits [NEW, vocab] float32 that predict the last NEW tokens."""
+    logits: torch.Tensor = model(torch.tensor([tokens[:-1]]), logits_to_keep=NEW).logits[0]
+    return logits.float()
+
+
+def forced_choices(executor: InProcessExecutor, forced: Sequence[Tokens]) -> list[torch.Tensor]:
+    """Our likeliest token [NEW] before each of the last NEW of every sequence, all side by side:
+    prompts as chunks, then one decode step a token."""
+    watched = SamplingParams(temperature=0.0, prompt_logprobs=1)
+    tables, next_block = [], 1
+    for tokens in forced:
+        tables.append(tuple(range(next_block, next_block + -(-len(tokens) // 16))))
+        next_block += len(tables[-1])
+
+    def enter(params: SamplingParams) -> tuple[SlotInit, ...]:
+        return tuple(
+            SlotInit(slot, tokens, len(tokens), params, 0, blocks)
+            for slot, (tokens, blocks) in enumerate(zip(forced, tables, strict=True))
+        )
+
+    # Logprobs are wanted from the prompts' last tokens on, which have a step of their own.
+    chunks = [Row(slot, 0, len(tokens) - NEW - 1, False) for slot, tokens in enumerate(forced)]
+    executor.execute(StepPlan(0, enter(GREEDY), (), tuple(row for row in chunks if row.count)))
+    choices: list[list[int]] = [[] for _ in forced]
+    for step in range(NEW):
+        rows = tuple(
+            Row(slot, len(tokens) - NEW - 1 + step, 1, sample=False)
+            for slot, tokens in enumerate(forced)
+        )
+        plan = StepPlan(step, enter(watched) if step == 0 else (), (), rows)
+        for part in executor.execute(plan).prompt_logprobs:
+            choices[part.slot].append(part.entries[0].token_ids[1])
+    return [torch.tensor(chosen) for chosen in choices]
