@@ -97,6 +97,7 @@ class Script:
     heartbeat_seconds: float = 1.0
     prefill_tokens_per_second: float = 100_000.0
     waiting: int = 0  # what Load claims
+    queued_prefill_tokens: int = 0  # likewise
 
 
 def expected(
@@ -135,6 +136,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
     messages: int = 0  # GenerateRequest messages received
     draining: bool = False
     record: bool = True  # False: a benchmark, which would only fill memory
+    status: health.aio.HealthServicer | None = None  # set by `serve`
 
     def __post_init__(self) -> None:
         self._cached: dict[int, None] = {}  # wire ids, oldest first
@@ -183,13 +185,20 @@ class Engine(engine_pb2_grpc.EngineServicer):
             reader.cancel()
             self._running -= len(stream.active)
 
-    def load(self, queued_prefill_tokens: int = 0) -> engine_pb2.Load:
+    async def say_alive(self, alive: bool) -> None:
+        """What the health service answers from now on."""
+        answers = health_pb2.HealthCheckResponse
+        assert self.status is not None, "the engine is not served"
+        for name in ("", "live"):
+            await self.status.set(name, answers.SERVING if alive else answers.NOT_SERVING)
+
+    def load(self) -> engine_pb2.Load:
         return engine_pb2.Load(
             running=self._running,
             waiting=self.script.waiting,
             blocks_used=len(self._cached),
             blocks_total=self.model.num_blocks,
-            queued_prefill_tokens=queued_prefill_tokens,
+            queued_prefill_tokens=self.script.queued_prefill_tokens,
             step_seconds=max(self.script.step_seconds, 0.001),
             prefill_tokens_per_second=self.script.prefill_tokens_per_second,
             draining=self.draining,
@@ -350,8 +359,8 @@ async def serve(engine: Engine, address: str = "127.0.0.1:0") -> tuple[grpc.aio.
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
     port = server.add_insecure_port(address)
     await server.start()
-    for name in ("", "live"):
-        await state.set(name, health_pb2.HealthCheckResponse.SERVING)
+    engine.status = state
+    await engine.say_alive(True)
     return server, port
 
 

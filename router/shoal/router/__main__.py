@@ -7,6 +7,7 @@ SIGTERM or Ctrl-C: takes no new connections, /ready says no, requests in flight 
 import argparse
 import asyncio
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -133,9 +134,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _taken(host: str, port: int, flag: str, error: OSError | None = None) -> str:
-    why = error.strerror if error is not None and error.strerror else "address already in use"
+    why = os.strerror(error.errno or errno.EADDRINUSE if error else errno.EADDRINUSE).lower()
     return (
-        f"cannot listen on {host} port {port} ({why.lower()}). "
+        f"cannot listen on {host} port {port} ({why}). "
         f"Stop what listens there, or choose another port with {flag} (0: any free one)"
     )
 
