@@ -230,6 +230,19 @@ def test_demo_without_an_answer_shows_the_routers_log(
     assert "no such model" in done.stderr
 
 
+def test_an_interrupted_demo_stops_everything(world: Any, fake_up: Any) -> None:
+    """Ctrl-C while it loads: exit 130, and the child is stopped."""
+
+    def scene(store: Store, url: str) -> None:
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+
+    stopped = fake_up(scene)
+    done = world.shoal("demo", "-f", world.write(), "--port", "0")
+    assert done.exit_code == 130
+    assert "Nothing is left running" in done.stderr
+    assert stopped == [True]
+
+
 def test_a_real_up_that_fails_is_told(world: Any) -> None:
     """The demo's own child process refuses a manifest: its words reach the user."""
     path = world.write(engine={"quantization": "int8"})

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _HOST = "127.0.0.1"
 _EXAMPLE = Path("manifests/examples/smollm2.yaml")
-_PROMPT = "Why do fish swim in shoals? Answer in three sentences."
+_PROMPT = "Explain in one paragraph why fish swim together in shoals."
 _POLL_SECONDS = 0.1
 _CRASHES = 2  # of one pod; after so many the demo gives up
 _LOG_LINES = 25
@@ -88,6 +88,9 @@ def command(
     with tempfile.TemporaryDirectory(prefix="shoal-demo-") as folder:
         try:
             _demo(Path(folder), filename, prompt, max_tokens, port, keep, timeout)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted. Nothing is left running.", err=True)
+            raise
         except DemoFailed as failure:
             raise CliError(_with_log(failure)) from failure
     click.echo("Stopped. Nothing is left running.")
@@ -247,7 +250,7 @@ class Progress:
             click.echo(f"  {text}")
         elif not self._tty and phase != self._phase:
             click.echo(f"  {text} ...")
-        self._now, self._phase = text, phase
+        self._now, self._phase = "starting" if lasting else text, phase
 
     def tick(self) -> None:
         if self._tty:

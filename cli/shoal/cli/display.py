@@ -91,7 +91,7 @@ class Watcher:
         startup = {
             pod.name: self._startup[pod.name]
             for pod in pods
-            if pod.name in self._startup and not pod.ready
+            if pod.name in self._startup and not pod.ready and pod.phase == "Running"
         }
         return Snapshot(service_documents(self._store), pods, startup, news)
 
