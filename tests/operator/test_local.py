@@ -66,7 +66,7 @@ def test_a_rolling_update_never_leaves_nobody(machine, local_service):
 
             await machine.until(replaced, "the new revision alone")
             condition = await machine.until_condition("chat", "Progressing")
-            assert condition["reason"] in ("Complete", "RollingOut")
+            assert condition["reason"] in ("Complete", "RollingOut"), condition
 
     asyncio.run(story())
 

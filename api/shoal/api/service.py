@@ -100,7 +100,8 @@ class InferenceServiceSpec(ApiModel):
         "may not touch the labels that Shoal sets.",
     )
     paused: bool = Field(
-        default=False, description="Leave everything as it is, whatever the spec says."
+        default=False,
+        description="Hold back new revisions: the one that serves stays. Scaling and repair go on.",
     )
 
 

@@ -185,7 +185,10 @@ def _progressing(situation: Situation) -> _Verdict:
     routable = sum(map(situation.observed.routable, mine))
     others = len(situation.observed.pods) - len(mine)
     message = f"revision {target}: {routable} of {situation.bounds.replicas} replicas take requests"
-    return _Verdict(kind, TRUE, "RollingOut", message + (f"; {others} leave" if others else ""))
+    if others:
+        message += f"; {others} of other revisions still there"
+    rolling = others or target != situation.observed.status.active_revision
+    return _Verdict(kind, TRUE, "RollingOut" if rolling else "ReplicasUpdating", message)
 
 
 def _degraded(situation: Situation) -> _Verdict:

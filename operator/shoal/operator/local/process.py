@@ -103,15 +103,19 @@ class PodProcess:
     async def _run(self) -> None:
         while not self._stopping.is_set():
             started = self._machine.clock()
+            said = ""
             try:
                 child = self._start()
             except OSError as error:
                 ended = f"cannot be started: {error}"
             else:
-                ended = describe_exit(await self._watch(child))
+                status = await self._watch(child)
+                ended = describe_exit(status)
+                # Only a process that gave up by itself had a last word on why.
+                said = self._log.last_line() if status > 0 else ""
             if self._stopping.is_set():
                 return
-            await self._wait_to_restart(ended, self._machine.clock() - started)
+            await self._wait_to_restart(ended, said, self._machine.clock() - started)
 
     def _start(self) -> Child:
         container, machine = self._container, self._machine
@@ -185,11 +189,10 @@ class PodProcess:
         self._log.note(f"killed: not live for {waited:g} s")
         child.kill()
 
-    async def _wait_to_restart(self, ended: str, ran: float) -> None:
+    async def _wait_to_restart(self, ended: str, said: str, ran: float) -> None:
         delay = self._backoff.next_delay(ran)
-        said = self._log.last_line()
-        message = f"{ended}: {said}" if said else ended
         soon = f"starts again in {delay:g} s" if delay else "starts again"
+        message = f"{ended}: {said}" if said else ended
         self._tell(f"{message}; {soon}", "error")
         self._log.note(f"{ended}; {soon}")
         self._set(

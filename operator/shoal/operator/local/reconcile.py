@@ -39,6 +39,9 @@ _TROUBLE = {
 }
 
 
+_LOOK_ANYWAY_SECONDS = 10.0
+
+
 class Reconciler:
     """Brings the machine nearer to what is wanted, one plan at a time."""
 
@@ -46,6 +49,7 @@ class Reconciler:
         self._store = store
         self._pods = pods
         self._url = url
+        self._resting: dict[str, tuple[object, float]] = {}
 
     def reconcile(
         self,
@@ -58,13 +62,20 @@ class Reconciler:
 
         `views` is what the router said last, None where it does not answer.
         """
-        observed = self._observe(service.name, claims, views)
+        name = service.name
+        inputs = (service, claims, self._routers(name, views), self._pods.observed(name))
+        if self._rests(name, inputs, now):
+            return False, []
+        observed = self._observe(name, claims, views)
         decided = plan(service, observed, now)
         for action in decided.actions:
-            self._perform(service.name, action)
+            self._perform(name, action)
         document = decided.status.model_dump(by_alias=True, mode="json", exclude_none=True)
-        self._store.write_status(service.name, document)
-        return bool(decided.actions), _news(service.name, observed.status, decided.status)
+        self._store.write_status(name, document)
+        waits = any(pod.retiring for pod in observed.pods)
+        if not decided.actions and not waits and decided.status == observed.status:
+            self._resting[name] = (inputs, now + _LOOK_ANYWAY_SECONDS)
+        return bool(decided.actions), _news(name, observed.status, decided.status)
 
     def remove(self, name: str, views: Mapping[str, RouterView] | None, now: float) -> bool:
         """Drains and ends what runs for a service that nobody wants; whether it is all gone."""
@@ -77,14 +88,28 @@ class Reconciler:
         self._store.forget(name)
         return True
 
+    def _rests(self, name: str, inputs: object, now: float) -> bool:
+        """Whether the last plan for the same inputs found nothing to do, a short while ago.
+
+        The plan is a function of what was observed, so at rest it need not be asked again; from
+        time to time it is, in case somebody changed a file of ours.
+        """
+        before, until = self._resting.pop(name, (None, 0.0))
+        if before != inputs or now >= until:
+            return False
+        self._resting[name] = (before, until)
+        return True
+
+    def _routers(self, name: str, views: Mapping[str, RouterView] | None) -> tuple[RouterView, ...]:
+        # A router that answers but does not know the service acts on no table of it.
+        return () if views is None else (views.get(name, RouterView(0)),)
+
     def _observe(
         self, name: str, claims: tuple[Claim, ...], views: Mapping[str, RouterView] | None
     ) -> Observed:
-        # A router that answers but does not know the service acts on no table of it.
-        routers = () if views is None else (views.get(name, RouterView(0)),)
         return Observed(
             pods=self._pods.observed(name),
-            routers=routers,
+            routers=self._routers(name, views),
             table=self._store.routes(name),
             revisions=tuple(self._revisions(name).values()),
             status=_read_status(self._store.status(name)),
