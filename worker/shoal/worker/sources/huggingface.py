@@ -5,7 +5,10 @@ HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean elsewhere.
 """
 
 import re
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from shoal.worker.sources.base import Fetch, ModelFiles, SourceError, checked_revision, single_gguf
 
@@ -49,20 +52,24 @@ def fetch_hub(fetch: Fetch) -> ModelFiles:
 def _download_file(repo: str, file: str, revision: str | None, fetch: Fetch) -> Path:
     from huggingface_hub import hf_hub_download
 
-    fetch.progress(f"downloading {repo}/{file}", None)
-    return Path(hf_hub_download(repo, file, revision=revision))
+    what = f"downloading {repo}/{file}"
+    fetch.progress(what, None)
+    bar = _bar_class(lambda share: fetch.progress(what, share))
+    return Path(hf_hub_download(repo, file, revision=revision, tqdm_class=bar))
 
 
 def _download_model(repo: str, revision: str | None, fetch: Fetch) -> Path:
     from huggingface_hub import snapshot_download
 
-    fetch.progress(f"downloading {repo}", None)
+    what = f"downloading {repo}"
+    fetch.progress(what, None)
     home = Path(
         snapshot_download(
             repo,
             revision=revision,
             allow_patterns=[*_SMALL_FILES, "*.safetensors"],
             ignore_patterns=list(_IGNORED),
+            tqdm_class=_bar_class(lambda share: fetch.progress(what, share)),
         )
     )
     if any(home.glob("*.safetensors")):
@@ -81,6 +88,26 @@ def _gguf_names(repo: str, home: Path) -> list[str]:
     except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
         names = [path.name for path in home.iterdir()]
     return [name for name in names if name.endswith(".gguf") and "/" not in name]
+
+
+def _bar_class(report: Callable[[float], None]) -> Any:
+    """A progress bar that draws nothing and reports the share of bytes that are there.
+
+    The class to hand over as `tqdm_class`, whose declared type differs between releases."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]  # generic in the stubs alone
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._counts_bytes = kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "file": StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            drawn = super().update(n)
+            if self._counts_bytes and self.total:
+                report(min(1.0, self.n / self.total))
+            return drawn
+
+    return Bar
 
 
 def _commit(path: Path) -> str | None:
