@@ -5,7 +5,6 @@ cluster have an address each, processes share one: host and ports come from the 
 instead. The image is ignored, `python` is the interpreter that runs the supervisor.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,10 +52,6 @@ class Container:
     service: str = ""
     revision: str = ""
     replica: int = 0
-
-    @property
-    def command(self) -> str:
-        return shlex.join(self.argv)
 
 
 def worker_container(pod: Pod, service: str, settings: SupervisorSettings) -> Container:
