@@ -173,6 +173,22 @@ def test_what_is_no_json_is_400(core: Any, support: Any, path: str, body: bytes)
     refused(support.post(core, path, body))
 
 
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("/v1/chat/completions", {"n": 2.0, "seed": 1e3, "stop_token_ids": [7.0]}),
+        ("/v1/completions", {"prompt": [72.0, 105]}),
+        ("/v1/completions", {"prompt": [[72], [105.0]]}),
+        ("/detokenize", {"tokens": [72.0]}),
+    ],
+)
+def test_integers_may_be_written_as_numbers(
+    core: Any, support: Any, path: str, change: dict[str, Any]
+) -> None:
+    """JSON does not tell 2.0 from 2, nor do JavaScript clients."""
+    assert support.post(core, path, {**VALID[path], **change}).status == 200
+
+
 def mutations(value: Any) -> Iterator[Any]:
     """Copies of a document with one place replaced by something else."""
     if isinstance(value, dict):

@@ -5,12 +5,16 @@ from typing import Annotated, Any, Literal, Required, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     with_config,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -64,15 +68,31 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list)
 
 
-def _is_list_of(kind: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and bool(value) and type(value[0]) is kind
+def _is_list_of(*kinds: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and bool(value) and type(value[0]) in kinds
 
 
+def _integral(value: object) -> object:
+    """JSON does not tell 2.0 from 2."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _integral_items(value: object, handler: ValidatorFunctionWrapHandler) -> object:
+    """The same for a list, at no cost for lists of integers."""
+    try:
+        return handler(value)
+    except ValidationError:
+        if not isinstance(value, list):
+            raise
+        return handler([_integral(item) for item in value])
+
+
+_WHOLE = BeforeValidator(_integral)
 Model = Annotated[str, Field(min_length=1, max_length=256, description="A model id.")]
 Temperature = Annotated[float, Field(ge=0, le=2, description="0 is greedy.")]
 Share = Annotated[float, Field(gt=0, le=1)]
 MinP = Annotated[float, Field(ge=0, le=1)]
-TopK = Annotated[int, Field(ge=-1, le=_INT32, description="0 or -1: off.")]
+TopK = Annotated[int, Field(ge=-1, le=_INT32, description="0 or -1: off."), _WHOLE]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Field(gt=0, le=100)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -80,15 +100,19 @@ TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 LogitBias = Annotated[
     dict[TokenKey, Bias], Field(max_length=4096, description="Token id, as a string, to bias.")
 ]
-Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), _WHOLE]
 TokenId = Annotated[int, Field(ge=0, le=_INT32)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-StopIds = Annotated[list[TokenId], Field(max_length=256, fail_fast=True)]
-Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES)]
-Count = Annotated[int, Field(ge=0, le=_INT32)]
-AtLeastOne = Annotated[int, Field(ge=1, le=_INT32)]
-Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-Priority = Annotated[int, Field(ge=-(2**31), le=_INT32, description="Smaller is sooner.")]
+TokenIds = Annotated[
+    list[TokenId], Field(min_length=1, fail_fast=True), WrapValidator(_integral_items)
+]
+StopIds = Annotated[
+    list[TokenId], Field(max_length=256, fail_fast=True), WrapValidator(_integral_items)
+]
+Samples = Annotated[int, Field(ge=1, le=MAX_SAMPLES), _WHOLE]
+Count = Annotated[int, Field(ge=0, le=_INT32), _WHOLE]
+AtLeastOne = Annotated[int, Field(ge=1, le=_INT32), _WHOLE]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _WHOLE]
+Priority = Annotated[int, Field(ge=-(2**31), le=_INT32, description="Smaller is sooner."), _WHOLE]
 Name = Annotated[str, Field(max_length=512)]
 
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
@@ -112,7 +136,7 @@ Prompt = Annotated[
     Discriminator(
         _tagger(
             ("<text>", _is_str),
-            ("<ids>", _is_list_of(int)),
+            ("<ids>", _is_list_of(int, float)),
             ("<id lists>", _is_list_of(list)),
             ("<texts>", _is_list),
         ),

@@ -32,10 +32,11 @@ async def get_model(api: Api, exchange: Exchange) -> None:
 async def tokenize(api: Api, exchange: Exchange) -> None:
     """Token ids of a text or of a chat, in vLLM's shape."""
     body = await read_body(exchange, TokenizeBody)
-    if (body.prompt is None) == (body.messages is None):
+    given = body.model_fields_set & {"prompt", "messages"}
+    if len(given) != 1:
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     _, text = await api.text(body.model)
-    if body.messages is not None:
+    if body.messages:
         prompt = await chat_prompt(text, body.messages, body.add_generation_prompt is not False)
         ids = await encode(text, prompt, bool(body.add_special_tokens), "messages")
     else:

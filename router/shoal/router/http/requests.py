@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from shoal.router.http.fields import (
     AtLeastOne,
@@ -107,9 +107,13 @@ class CompletionBody(GenerateBody):
 class TokenizeBody(Body):
     """POST /tokenize: either `prompt` or `messages`."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}]}
+    )
+
     model: Model
-    prompt: str | None = None
-    messages: Messages | None = None
+    prompt: str = ""
+    messages: Annotated[Messages, Field(default_factory=list)]
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
