@@ -2,8 +2,8 @@
 
 In place of keys and values, a block's offset holds the rolling hash of all tokens up to that
 position. A row that attends to anything but its own prefix, in whatever way the scheduler got
-there, fails at once; and the next token is drawn from the hash of the full prefix, so that a
-wrong block would change the tokens as well.
+there, fails at once; and the next token is drawn from the hash of the full prefix (and
+the seed, unless greedy), so that a wrong block would change the tokens as well.
 """
 
 import random
@@ -17,6 +17,7 @@ from shoal.worker.step import (
     PromptLogprobs,
     Row,
     Sampled,
+    SlotInit,
     StepPlan,
     StepResult,
     TokenLogprobs,
@@ -40,25 +41,29 @@ def prefix_states(tokens: Sequence[int]) -> list[int]:
     return states
 
 
-def next_token(state: int) -> int:
-    return (state >> 7) % VOCAB
+def next_token(state: int, seed: int) -> int:
+    return ((state ^ seed) >> 7) % VOCAB
 
 
-def continuation(tokens: Sequence[int]) -> Iterator[int]:
+def continuation(tokens: Sequence[int], seed: int) -> Iterator[int]:
     """The tokens that the model draws after `tokens`, computed directly."""
     state = prefix_states(tokens)[-1]
     while True:
-        token = next_token(state)
+        token = next_token(state, seed)
         yield token
         state = roll(state, token)
 
 
 def expected(
-    prompt: Sequence[int], max_tokens: int, *, stop: frozenset[int] = frozenset({EOS})
+    prompt: Sequence[int],
+    max_tokens: int,
+    *,
+    stop: frozenset[int] = frozenset({EOS}),
+    seed: int = 0,
 ) -> list[int]:
-    """What a request must get: up to a stop token or `max_tokens`."""
+    """What a request must get: up to a stop token or `max_tokens`. Greedy by default."""
     tokens = []
-    for token in continuation(prompt):
+    for token in continuation(prompt, seed):
         tokens.append(token)
         if token in stop or len(tokens) == max_tokens:
             return tokens
@@ -70,10 +75,11 @@ class DeviceLost(RuntimeError):
 
 
 class _Slot:
-    def __init__(self, tokens: Sequence[int], table: Sequence[int]) -> None:
-        self.states = prefix_states(tokens)
-        self.tokens = list(tokens)
-        self.table = list(table)
+    def __init__(self, init: SlotInit) -> None:
+        self.states = prefix_states(init.token_ids)
+        self.tokens = list(init.token_ids)
+        self.table = list(init.block_ids)
+        self.seed = 0 if init.sampling.greedy else init.seed
 
 
 class KvModel:
@@ -96,7 +102,7 @@ class KvModel:
         self.num_steps += 1
         assert len({row.slot for row in plan.rows}) == len(plan.rows), "two rows of one slot"
         for init in plan.init:
-            self.slots[init.slot] = _Slot(init.token_ids, init.block_ids)
+            self.slots[init.slot] = _Slot(init)
         for grow in plan.grow:
             self.slots[grow.slot].table += grow.block_ids
         for row in plan.rows:
@@ -144,7 +150,7 @@ class KvModel:
             )
 
     def _draw(self, index: int, slot: _Slot, error: str | None) -> Sampled:
-        token = next_token(slot.states[-1])
+        token = next_token(slot.states[-1], slot.seed)
         slot.tokens.append(token)
         slot.states.append(roll(slot.states[-1], token))
         return Sampled(index, token, None, error)
@@ -202,7 +208,9 @@ def build(
 def request(
     request_id: str, prompt: Sequence[int], max_tokens: int | None = 8, **fields: object
 ) -> EngineRequest:
-    """A request; `fields` go to EngineRequest where it has them, else to its sampling."""
+    """A request, greedy by default; `fields` go to EngineRequest where it has them, else to its
+    sampling."""
+    fields.setdefault("temperature", 0.0)
     own = {
         name: fields.pop(name)
         for name in ("prompt_len", "priority", "salt", "deadline_seconds", "first_index")

@@ -54,6 +54,16 @@ def test_short_prompts_overtake_long_ones(kv: ModuleType) -> None:
     client.run()
 
 
+def test_long_prompts_alone_use_the_whole_budget(kv: ModuleType) -> None:
+    """What nobody short wants goes to the long ones behind the first, up to their cap each."""
+    engine, model = kv.build(max_batched_tokens=32, max_prefill_tokens=8, num_blocks=200)
+    for number in range(6):
+        engine.add(kv.request(f"{number}", prompt(60, number), 1))
+    for _ in range(3):
+        engine.step()
+        assert counts(model.plans[-1]) == {0: 8, 1: 8, 2: 8, 3: 8}
+
+
 def test_a_long_prompt_moves_on_under_a_stream_of_short_ones(kv: ModuleType) -> None:
     """Arrivals without end do not starve it: it takes the steps that its cap says, no more."""
     engine, _ = kv.build(max_batched_tokens=32, num_blocks=200)
@@ -94,6 +104,23 @@ def test_more_sequences_than_budget_never_run(kv: ModuleType) -> None:
         assert engine.load().running <= 4
         assert model.plans[-1].num_tokens <= 4
     assert len(client.finish) == 10
+
+
+def test_prompts_without_a_share_count_as_running(kv: ModuleType) -> None:
+    """Long prompts that only wait for their turn hold a place each: when they come to decode, the
+    budget still has a token for everyone."""
+    engine, model = kv.build(max_batched_tokens=8, max_prefill_tokens=2, max_num_seqs=100)
+    client = kv.Client(engine)
+    for number in range(4):
+        engine.add(kv.request(f"long{number}", prompt(10, number), 40, ignore_eos=True))
+    client.step()
+    for number in range(8):
+        engine.add(kv.request(f"short{number}", prompt(1, 10 + number), 40, ignore_eos=True))
+    while engine.has_work:
+        client.step()
+        assert engine.load().running <= 8
+        assert model.plans[-1].num_tokens <= 8
+    assert len(client.finish) == 12
 
 
 def test_waiting_goes_by_priority_then_arrival(kv: ModuleType) -> None:

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
 )
 
 from shoal.worker.request import EngineRequest, FinishReason, InvalidRequest, SequenceKey
+from shoal.worker.sequence import Sequence, mix
 
 MIN_STEPS = 100_000
 
@@ -98,6 +99,8 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
                 priority=priority,
                 prompt_logprobs=prompt_logprobs,
                 salt=str(base),
+                temperature=float(n > 1),
+                seed=self.number,
             )
             try:
                 self.engine.add(request)
@@ -151,7 +154,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
 
         @rule(seed=st.integers(0, 2**32), busy=st.floats(0.05, 0.6), count=st.integers(100, 400))
         def storm(self, seed: int, busy: float, count: int) -> None:
-            """Many steps with arrivals and cancels between them."""
+            """Many steps with arrivals, cancels and faults between them."""
             rng = random.Random(seed)
             for _ in range(count):
                 if self.scheduler.num_waiting < 20 and (
@@ -168,6 +171,10 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
                     )
                 if rng.random() < 0.04:
                     self.cancel(rng.randrange(1000), rng.choice((None, 0, 1)))
+                if rng.random() < 0.005:
+                    self.poison(rng.randrange(9))
+                if rng.random() < 0.002:
+                    self.lose_device()
                 self._step()
 
         @rule()
@@ -206,6 +213,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             if not self.engine.has_work:
                 return
             steps = self.model.num_steps
+            first = self._first_running()
             self.client.step()
             if self.model.num_steps == steps:
                 return  # only ends to report
@@ -213,11 +221,13 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             slots = {row.slot for row in plan.rows}
             assert 0 < plan.num_tokens <= self.budget
             assert max(row.count for row in plan.rows) <= self.cap
-            running = [*self.scheduler._decoding, *self.scheduler._prefilling]
-            assert len(running) <= min(self.max_num_seqs, self.budget)
-            if running:
-                first = min(running, key=lambda seq: seq.order)
+            assert self.engine.load().running <= min(self.max_num_seqs, self.budget)
+            if first is not None and first.key not in self.client.finish:
                 assert first.slot in slots, "the first running sequence does not move on"
+
+        def _first_running(self) -> Sequence | None:
+            running = [*self.scheduler._decoding, *self.scheduler._prefilling]
+            return min(running, key=lambda seq: seq.order, default=None)
 
         def _row_errors(self, plan, index: int) -> dict[int, str]:
             rows = [row for row in plan.rows if row.sample]
@@ -244,7 +254,8 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
                 request.sampling.max_tokens or 0,
                 self.engine.max_model_len - len(request.token_ids),
             )
-            want = kv.expected(request.token_ids, limit)
+            seed = 0 if request.sampling.greedy else mix(request.sampling.seed or 0, key.index)
+            want = kv.expected(request.token_ids, limit, seed=seed)
             if finish in (FinishReason.STOP, FinishReason.LENGTH):
                 assert tokens == want, f"{key}: wrong tokens"
                 assert (finish is FinishReason.STOP) == (tokens[-1] == kv.EOS)

@@ -17,7 +17,7 @@ within a priority nobody starves.
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from shoal.worker.block_tables import BlockTables
@@ -41,6 +41,17 @@ class EngineStats:
     prefilled_tokens: int = 0  # computed in prefills, those of resumed sequences included
     preemptions: int = 0
     preempted_tokens: int = 0  # computed when their sequence was preempted
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A plan in the making."""
+
+    budget: int  # tokens left
+    rows: list[Row]
+    init: list[SlotInit] = field(default_factory=list)
+    longs: int = 0  # long prompts that may still have a share in this round
+    served: set[Order] = field(default_factory=set)  # prefills with a row
 
 
 class Scheduler:
@@ -102,11 +113,12 @@ class Scheduler:
         self._step += 1
         preempted = self._make_room()
         grow = self._grow_tables()
-        init: list[SlotInit] = []
         rows = self._decode_rows()
         self._in_step, self._sampling = self._decoding[:], self._decoding[:]
-        self._plan_prefills(rows, init, admit=not preempted)
-        return StepPlan(self._step, tuple(init), tuple(grow), tuple(rows))
+        draft = _Draft(self._budget - len(rows), rows)
+        # A preemption says that blocks are short: those freed are not for newcomers.
+        self._plan_prefills(draft, admit=not preempted)
+        return StepPlan(self._step, tuple(draft.init), tuple(grow), tuple(draft.rows))
 
     def check_result(self, result: StepResult) -> None:
         """Raises ValueError if the result does not answer the rows of the plan handed out."""
@@ -209,43 +221,29 @@ class Scheduler:
 
     # Prefills.
 
-    def _plan_prefills(self, rows: list[Row], init: list[SlotInit], *, admit: bool) -> None:
+    def _plan_prefills(self, draft: _Draft, *, admit: bool) -> None:
         """Shares what the decodes left of the budget. The second round is for long prompts behind
         the first one."""
-        budget = self._budget - len(rows)
-        served: set[Order] = set()
-        for later_longs in (False, True):
-            long_seen = False
+        for longs in (1, len(self._prefilling) + len(self._waiting)):
+            draft.longs = longs
             for seq in self._prefilling:
-                if not budget:
+                if not draft.budget:
                     return
-                is_long = seq.remaining > self._prefill_cap
-                if seq.order in served or (is_long and long_seen and not later_longs):
-                    continue
-                long_seen |= is_long
-                served.add(seq.order)
-                budget -= self._prefill(seq, budget, rows)
-            # A preemption says that blocks are short: those freed are not for newcomers.
-            if admit and budget:
-                budget = self._admit(budget, long_seen and not later_longs, served, rows, init)
+                if seq.order not in draft.served and self._may_go(seq.remaining, draft):
+                    self._prefill(seq, draft)
+            if admit:
+                self._admit(draft)
 
-    def _admit(
-        self,
-        budget: int,
-        long_seen: bool,
-        served: set[Order],
-        rows: list[Row],
-        init: list[SlotInit],
-    ) -> int:
-        """Lets waiting sequences in while budget, slots and blocks last; what is left of the
-        budget. Long prompts and those that wait for another's blocks may be overtaken, but
-        nobody overtakes a sequence that lacks blocks."""
+    def _admit(self, draft: _Draft) -> None:
+        """Lets waiting sequences in while budget, slots and blocks last. Long prompts and those
+        that wait for another's blocks may be overtaken, but nobody overtakes a sequence that lacks
+        blocks."""
         place = 0
-        while budget and self._free_slots and place < min(len(self._waiting), _MAX_OVERTAKEN):
+        while draft.budget and self._free_slots and place < min(len(self._waiting), _MAX_OVERTAKEN):
             seq = self._waiting[place]
             shared = self.blocks.find_shared(seq)
-            is_long = len(seq.tokens) - len(shared) * self.blocks.block_size > self._prefill_cap
-            if (is_long and long_seen) or self.blocks.next_is_promised(seq, len(shared)):
+            remaining = len(seq.tokens) - len(shared) * self.blocks.block_size
+            if self.blocks.next_is_promised(seq, len(shared)) or not self._may_go(remaining, draft):
                 place += 1
                 continue
             # A block of headroom for each that runs: none is preempted within the next
@@ -254,11 +252,12 @@ class Scheduler:
                 break
             del self._waiting[place]
             self._waiting_tokens -= len(seq.tokens)
-            init.append(self._enter(seq, shared))
-            long_seen |= is_long
-            served.add(seq.order)
-            budget -= self._prefill(seq, budget, rows)
-        return budget
+            draft.init.append(self._enter(seq, shared))
+            self._prefill(seq, draft)
+
+    def _may_go(self, remaining: int, draft: _Draft) -> bool:
+        """Whether a prefill may have a share in this round."""
+        return remaining <= self._prefill_cap or draft.longs > 0
 
     def _enter(self, seq: Sequence, shared: list[int]) -> SlotInit:
         """Gives a waiting sequence its slot and its blocks."""
@@ -274,20 +273,21 @@ class Scheduler:
             slot, tuple(seq.tokens), seq.prompt_len, seq.sampling, seq.seed, tuple(seq.block_ids)
         )
 
-    def _prefill(self, seq: Sequence, budget: int, rows: list[Row]) -> int:
-        """Adds the sequence's next chunk to the plan; its tokens."""
+    def _prefill(self, seq: Sequence, draft: _Draft) -> None:
+        """Adds the sequence's next chunk to the plan."""
         assert seq.slot is not None
-        start = seq.num_computed
-        count = min(seq.remaining, self._prefill_cap, budget)
-        sample = count == seq.remaining
-        rows.append(Row(seq.slot, start, count, sample))
+        start, remaining = seq.num_computed, seq.remaining
+        count = min(remaining, self._prefill_cap, draft.budget)
+        draft.rows.append(Row(seq.slot, start, count, count == remaining))
+        draft.budget -= count
+        draft.longs -= remaining > self._prefill_cap
+        draft.served.add(seq.order)
         seq.num_computed = start + count
         self.blocks.register(seq)
         self.counters.prefilled_tokens += count
         self._in_step.append(seq)
-        if sample:
+        if count == remaining:
             self._sampling.append(seq)
-        return count
 
     # Queues.
 
