@@ -101,7 +101,7 @@ def from_generation(error: GenerationError) -> ApiError:
     return ApiError(
         error.status,
         error.message,
-        param=error.field,
+        param=error.field and error.field.removeprefix("sampling."),
         code=error.code,
         retry_after=error.retry_after,
     )
