@@ -2,16 +2,15 @@
 
 import argparse
 import time
+from importlib.metadata import version
 from itertools import count
-
-import torch
 
 from bench.peers.protocol import serve
 from bench.workloads import Timing, Workload
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine
+from shoal.worker.host import share_cores
 from shoal.worker.request import EngineRequest, SamplingParams
-from shoal.worker.runner import create_executor
 from shoal.worker.sources import resolve
 
 
@@ -21,6 +20,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
+    share_cores()
+    from shoal.worker.runner import create_executor  # loads torch, which must find that said
+
     config = EngineConfig(
         max_model_len=2048, max_num_seqs=32, dtype=args.dtype, threads=args.threads
     )
@@ -53,7 +55,7 @@ def main() -> None:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in workload.prompts)
         return Timing(first, last, prompt_tokens, new_tokens)
 
-    serve({"dtype": executor.info.dtype, "torch": torch.__version__}, run)
+    serve({"dtype": executor.info.dtype, "torch": version("torch")}, run)
 
 
 if __name__ == "__main__":

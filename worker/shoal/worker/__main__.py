@@ -24,6 +24,7 @@ from shoal.api.lifeline import watch_lifeline
 from shoal.worker import logs
 from shoal.worker.config import EngineConfig
 from shoal.worker.flags import add_engine_flags, engine_config
+from shoal.worker.host import share_cores
 from shoal.worker.logs import event
 from shoal.worker.metrics import WorkerMetrics
 from shoal.worker.server import EngineServer, ListenError, ServerSettings
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser(os.environ).parse_args(argv)
     logs.configure(args.log_format, sys.stdout, args.log_level)
     watch_lifeline()
+    share_cores()
     options = Options(
         choice=ModelChoice(args.model, args.model_revision, args.revision, args.cache_dir),
         config=engine_config(args),

@@ -1,11 +1,22 @@
 """What this process may use of its machine: cores and memory, a container's limits included."""
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import psutil
 
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+def share_cores(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets the threads of an operation sleep, not spin, while they wait for one another.
+
+    Spinning is a little faster on cores of one's own, and ruinous on shared ones: a thread that
+    was scheduled away keeps the other spinning in the way of whoever has its core, some hundred
+    times a step. OpenMP reads this when torch is loaded, so it must be said before.
+    """
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine, SequenceDelta
 from shoal.worker.executor import Executor
+from shoal.worker.host import share_cores
 from shoal.worker.request import EngineRequest, FinishReason, InvalidRequest, SamplingParams
 from shoal.worker.sources import resolve
 from shoal.worker.step import TokenLogprobs
@@ -73,7 +74,8 @@ class LLM:
         EngineConfig. `seed` makes draws without a seed of their own repeatable. Raises
         TypeError for unknown settings, SourceError, OSError, or ValueError for a model or
         settings that cannot be served."""
-        # torch takes seconds to import and is not needed to look at signatures.
+        # torch takes seconds to import, and must find this said.
+        share_cores()
         from shoal.worker.runner import create_executor
         from shoal.worker.tokenizer import load_tokenizer
 
