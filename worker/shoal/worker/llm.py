@@ -153,7 +153,7 @@ class LLM:
 
     def _run(self, requests: Mapping[str, "_Pending"], use_tqdm: bool) -> None:
         unfinished = sum(request.sampling.n for request in requests.values())
-        with tqdm(total=unfinished, unit="seq", disable=not use_tqdm, leave=False) as bar:
+        with tqdm(total=unfinished, unit="seq", disable=not use_tqdm) as bar:
             tokens = 0
             while unfinished:
                 for delta in self._engine.step().deltas:
