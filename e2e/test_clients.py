@@ -161,6 +161,6 @@ def test_prometheus_parses_the_metrics(two_replicas: Any, http: httpx.Client) ->
     for needed in ("shoal_queue_depth", "shoal_time_to_first_token_seconds"):
         assert needed in families
     worker = next(pod for pod in two_replicas.get("pods") if pod["service"] == "chat")
-    text = httpx.get(f"http://127.0.0.1:{worker['metrics_port']}/metrics").text
+    text = httpx.get(f"http://127.0.0.1:{worker['ports']['metrics']}/metrics").text
     engine = {family.name for family in text_string_to_metric_families(text)}
     assert {"shoal_kv_blocks_total", "shoal_step_seconds", "shoal_generation_tokens"} <= engine
