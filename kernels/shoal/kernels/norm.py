@@ -1,6 +1,6 @@
 """Root-mean-square norm over a float32 residual stream."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, dtype
 
 
@@ -10,7 +10,10 @@ def rms_norm(residual: Tensor, weight: Tensor, eps: float, out: dtype) -> Tensor
     residual [rows, hidden] float32, weight [hidden] float32 -> [rows, hidden].
     Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
     """
-    return F.rms_norm(residual, weight.shape, weight, eps).to(out)
+    # torch's own rms_norm makes a pass over all rows for the squares and one for their mean.
+    norm = torch.linalg.vector_norm(residual, dim=-1, keepdim=True)
+    inverse = norm.square_().mul_(1 / residual.shape[-1]).add_(eps).rsqrt_()
+    return torch.mul(residual, inverse).mul_(weight).to(out)
 
 
 def add_rms_norm(residual: Tensor, delta: Tensor, weight: Tensor, eps: float, out: dtype) -> Tensor:
