@@ -13,14 +13,16 @@ def test_rms_norm_is_its_formula(rows: int) -> None:
     torch.manual_seed(0)
     x, weight = 100 * torch.randn(rows, 37), torch.randn(37)
     wanted = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    torch.testing.assert_close(rms_norm(x, weight, 1e-5, torch.float32), wanted)
-    assert torch.equal(rms_norm(x, weight, 1e-5, torch.bfloat16), wanted.to(torch.bfloat16))
+    torch.testing.assert_close(rms_norm(x, weight, torch.tensor(1e-5), torch.float32), wanted)
+    assert torch.equal(
+        rms_norm(x, weight, torch.tensor(1e-5), torch.bfloat16), wanted.to(torch.bfloat16)
+    )
 
 
 def test_add_rms_norm_keeps_the_sum() -> None:
     """The residual holds the sum afterwards, in float32, whatever the delta's dtype."""
     residual, delta = torch.full((2, 8), 256.0), torch.full((2, 8), 0.5, dtype=torch.bfloat16)
-    out = add_rms_norm(residual, delta, torch.ones(8), 0.0, torch.float32)
+    out = add_rms_norm(residual, delta, torch.ones(8), torch.tensor(0.0), torch.float32)
     assert (residual == 256.5).all()
     torch.testing.assert_close(out, torch.ones(2, 8))
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shoal.kernels.attention import paged_attention, store_kv_
@@ -56,8 +57,9 @@ class Decoder:
         spec, compute = self.spec, self.precision.compute
         count, kv_heads = len(tokens), spec.num_kv_heads
         rotated = spec.num_heads + kv_heads
+        eps = torch.tensor(spec.rms_eps)
         residual = self.embedding.index_select(0, tokens).float()
-        normed = rms_norm(residual, self.layers[0].attention_norm, spec.rms_eps, compute)
+        normed = rms_norm(residual, self.layers[0].attention_norm, eps, compute)
         for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             heads = layer.qkv(normed).view(count, rotated + kv_heads, spec.head_dim)
             apply_rope_(heads[:, :rotated], turns)
@@ -68,15 +70,16 @@ class Decoder:
             if last:
                 residual, attended = residual.index_select(0, rows), attended.index_select(0, rows)
             delta = layer.output(attended)
-            normed = add_rms_norm(residual, delta, layer.mlp_norm, spec.rms_eps, compute)
+            normed = add_rms_norm(residual, delta, layer.mlp_norm, eps, compute)
             delta = layer.down(gated_silu(normed, layer.gate, layer.up))
             if last:
                 return residual.add_(delta)
             following = self.layers[index + 1].attention_norm
-            normed = add_rms_norm(residual, delta, following, spec.rms_eps, compute)
+            normed = add_rms_norm(residual, delta, following, eps, compute)
         raise AssertionError("a decoder has at least one layer")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [rows, hidden] float32, as `forward` returns it -> [rows, vocab] float32."""
-        normed = rms_norm(hidden, self.norm, self.spec.rms_eps, self.precision.compute)
+        eps = torch.tensor(self.spec.rms_eps)
+        normed = rms_norm(hidden, self.norm, eps, self.precision.compute)
         return self.head(normed).float()
