@@ -91,6 +91,7 @@ async def serve(options: argparse.Namespace) -> int:
         # Everything that lives as long as the process is made; what comes is short-lived.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 50, 100)
         await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
         for job in jobs:
             if job.done():

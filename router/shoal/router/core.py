@@ -127,8 +127,11 @@ class RouterCore:
                     table, self._settings, self.clock, self._rng, self._on_model
                 )
                 service = self.services[name] = Service(dispatcher, ServiceTexts(self._load_text))
-            service.dispatcher.apply(table)
-            service.texts.prune({endpoint.revision for endpoint in table.endpoints})
+            dispatcher = service.dispatcher
+            dispatcher.apply(table)
+            revisions = {endpoint.revision for endpoint in table.endpoints}
+            service.texts.prune(revisions)
+            dispatcher.stats.prune(revisions)
             for model_id in table.models:
                 owner = self._owners.setdefault(model_id, name)
                 if owner != name:
@@ -179,8 +182,9 @@ class RouterCore:
     def _on_model(
         self, dispatcher: Dispatcher, revision: str, key: str, model: engine_pb2.Model
     ) -> None:
-        service = self.services[dispatcher.table.service]
-        service.texts.learn(revision, key, model)
+        service = self.services.get(dispatcher.table.service)
+        if service is not None and service.dispatcher is dispatcher:
+            service.texts.learn(revision, key, model)
 
     async def _await_text(self, service: Service, limit: float) -> TextModel:
         table, dispatcher, texts = service.table, service.dispatcher, service.texts

@@ -5,8 +5,11 @@ when somebody asks.
 """
 
 from collections import Counter
+from collections.abc import Collection
 
 from shoal.router.histogram import Histogram
+
+KEPT_REVISIONS = 8  # without replicas, for the analysis of a rollout that just ended
 
 
 class RevisionStats:
@@ -50,6 +53,12 @@ class ServiceStats:
         if stats is None:
             stats = self.revisions[revision] = RevisionStats()
         return stats
+
+    def prune(self, revisions: Collection[str]) -> None:
+        """Forgets the oldest revisions that are not among these, once there are many."""
+        gone = [name for name in self.revisions if name and name not in revisions]
+        for name in gone[: max(0, len(gone) - KEPT_REVISIONS)]:
+            del self.revisions[name]
 
     def refused(self, reason: str, status: int) -> None:
         """A request was turned away on arrival."""

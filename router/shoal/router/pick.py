@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
     name: str
     revision: str
     in_flight: int = 0  # sequences of this router
-    slots: int = 1  # sequences it runs at once
+    slots: int = 1  # sequences it runs at once, at least 1
     waiting: int = 0  # sequences its engine has not started, as last reported
     queued_prefill_tokens: int = 0
     prefill_tokens_per_second: float = 0.0  # 0: not measured yet
@@ -41,8 +41,7 @@ class Candidate(NamedTuple):
     ejected: bool = False  # failed lately; taken only where every other is too
 
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+class Demand(NamedTuple):
     """What the choice needs to know of one request."""
 
     tokens: int  # to prefill, where nothing is cached
@@ -63,42 +62,31 @@ def has_room(candidate: Candidate, sequences: int) -> bool:
     """The rule of late binding: a replica is handed what fits its slots plus an eighth of them
     (so that a slot that frees is filled without a round trip), and nothing while its engine
     reports more than that eighth waiting (its cache is full). An idle one takes any request."""
-    spare = max(1, candidate.slots // 8)
-    if not candidate.in_flight:
+    in_flight = candidate.in_flight
+    if not in_flight:
         return True
-    return candidate.in_flight + sequences <= candidate.slots + spare and (
-        candidate.waiting <= spare
-    )
+    spare = candidate.slots // 8 or 1
+    return in_flight + sequences <= candidate.slots + spare and candidate.waiting <= spare
 
 
 def predicted_ttft(candidate: Candidate, tokens: int, fallback_rate: float) -> float:
     """Seconds until a request with this many uncached tokens would see its first token."""
     rate = candidate.prefill_tokens_per_second or fallback_rate
     step = candidate.step_seconds or DEFAULT_STEP_SECONDS
-    pressure = 1.0 + candidate.in_flight / max(1, candidate.slots)
+    pressure = 1.0 + candidate.in_flight / candidate.slots
     return (candidate.queued_prefill_tokens + tokens) / rate + step * pressure
 
 
-def eligible(candidates: Sequence[Candidate], demand: Demand) -> list[Candidate]:
-    """The filter. Ejected and avoided replicas come back where nothing else has the room."""
-    fits = [
-        candidate
-        for candidate in candidates
-        if (demand.revision is None or candidate.revision == demand.revision)
-        and has_room(candidate, demand.sequences)
-    ]
-    sound = [c for c in fits if not c.ejected and c.name not in demand.avoid]
-    if sound or not fits:
-        return sound
-    # A sound replica that is merely full is worth waiting for; one that fails is not better.
-    if any(
-        not c.ejected
-        and c.name not in demand.avoid
-        and (demand.revision is None or c.revision == demand.revision)
-        for c in candidates
-    ):
-        return []
-    return [c for c in fits if not c.ejected] or fits
+def eligible(candidates: Sequence[Candidate], demand: Demand) -> Sequence[Candidate]:
+    """The filter. Ejected and avoided replicas come back where nothing sound is left, but not
+    where it is merely full: that is worth waiting for."""
+    revision = demand.revision
+    if revision is not None:
+        candidates = [c for c in candidates if c.revision == revision]
+    avoid = demand.avoid
+    sound = [c for c in candidates if not (c.ejected or c.name in avoid)]
+    fits = [c for c in sound or candidates if has_room(c, demand.sequences)]
+    return fits if sound else [c for c in fits if not c.ejected] or fits
 
 
 def pick(
@@ -135,6 +123,9 @@ def pick(
 
 def draw_revision(weights: Mapping[str, int], share: float) -> str | None:
     """The revision whose part of [0, 1) holds `share`; None where nothing has a weight."""
+    if len(weights) == 1:
+        ((revision, weight),) = weights.items()
+        return revision if weight > 0 else None
     total = sum(weight for weight in weights.values() if weight > 0)
     if not total:
         return None

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from shoal.api.blocks import BlockHash
 from shoal.api.v1 import engine_pb2
 from shoal.router.generation import Generation
 from shoal.router.prefix_index import PromptBlocks
@@ -42,7 +43,7 @@ class Piece:
         self.id = ""  # on the wire, while on a replica
         self.replica: Replica | None = None
         self.ticket: Ticket[Piece, Lane] | None = None
-        self.blocks: dict[tuple[str, int], PromptBlocks] = {}  # by hash seed and block size
+        self.blocks: dict[tuple[BlockHash, int], PromptBlocks] = {}  # by root and block size
         self.uncached_tokens = 0  # to prefill on the replica chosen last
         self.failed_on: frozenset[str] = frozenset()
         self.retries = 0
@@ -51,8 +52,10 @@ class Piece:
     @property
     def begun(self) -> bool:
         """A token of an unfinished sample has been delivered."""
-        samples = self.generation.samples
-        return any(samples[index].generated for index in self.indexes)
+        generation = self.generation
+        if not generation.first_at:
+            return False
+        return any(generation.samples[index].generated for index in self.indexes)
 
     def split(self) -> "list[Piece]":
         """Itself, or a piece for each sample where one Start cannot say them all any more."""

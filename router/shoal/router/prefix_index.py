@@ -8,7 +8,7 @@ and never more: an entry goes with its `removed` event, a reset, or its replica.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from shoal.api.blocks import BlockHash, block_hashes, wire_id
+from shoal.api.blocks import BlockHash, block_hashes, wire_ids
 
 FIRST_CHUNK = 8  # blocks hashed before the first lookup; every further chunk is twice as long
 
@@ -37,7 +37,7 @@ class PromptBlocks:
         size = self._block_size
         start = self._hashed * size
         hashes = block_hashes(self._parent, self._token_ids[start : start + count * size], size)
-        self.ids += map(wire_id, hashes)
+        self.ids += wire_ids(hashes)
         self._parent = hashes[-1]
         self._hashed += count
         return True

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from shoal.api.blocks import root_hash
 from shoal.api.routes import Endpoint
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 from shoal.router.outlier import Outlier
@@ -92,7 +93,7 @@ class Replica:
         self.load = engine_pb2.Load()
         self.outlier = Outlier()
         self.text_key = ""  # same key, same tokenizer and template
-        self.hash_seed = ""
+        self.root = root_hash("")  # that its block hashes start from
         self.block_size = 1
         self.in_flight = 0  # sequences
         self.pieces: dict[str, Piece] = {}
@@ -256,7 +257,7 @@ class Replica:
 
     def _connect(self, model: engine_pb2.Model, key: str) -> None:
         self.text_key = key
-        self.hash_seed = model.hash_seed
+        self.root = root_hash(model.hash_seed)
         self.block_size = max(1, model.block_size)
         self.load = engine_pb2.Load(blocks_total=model.num_blocks)
         self._slots = max(1, model.max_num_seqs)

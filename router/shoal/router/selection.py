@@ -9,7 +9,6 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from time import perf_counter
 
-from shoal.api.blocks import root_hash
 from shoal.api.routes import RouteTable, RoutingPolicy
 from shoal.router.histogram import Histogram
 from shoal.router.pick import Demand, PickSettings, draw_revision, pick
@@ -101,11 +100,12 @@ class Selection:
         cached: dict[str, int] = {}
         if not len(self.index):
             return cached
-        for seed, size in {(replica.hash_seed, replica.block_size) for replica in replicas}:
-            blocks = piece.blocks.get((seed, size))
+        for root, size in {(replica.root, replica.block_size) for replica in replicas}:
+            blocks = piece.blocks.get((root, size))
             if blocks is None:
                 prompt = piece.generation.request.token_ids
-                blocks = piece.blocks[seed, size] = PromptBlocks(root_hash(seed), prompt, size)
+                blocks = piece.blocks[root, size] = PromptBlocks(root, prompt, size)
+            # Only replicas of this root can match: every hash begins with it.
             for name, matched in self.index.match(blocks).items():
-                cached[name] = max(cached.get(name, 0), matched * size)
+                cached[name] = matched * size
         return cached
