@@ -32,8 +32,8 @@ _WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
-    """Ids whose logits a slot's request changes by fixed amounts."""
+class LogitBias:
+    """What a request adds to the logits of some ids."""
 
     ids: Tensor  # [n] int64
     amounts: Tensor  # [n] float32
@@ -60,7 +60,7 @@ class Sampler:
         self.seed = np.zeros(max_num_seqs, np.uint64)
         self.min_tokens = np.zeros(max_num_seqs, np.int64)
         self.logprobs: dict[int, int] = {}  # slot -> how many of the likeliest
-        self.bias: dict[int, Rejection] = {}
+        self.bias: dict[int, LogitBias] = {}
         self.ends: dict[int, Tensor] = {}  # slot -> ids that min_tokens holds back
 
     def set_slot(self, slot: int, params: SamplingParams, seed: int, prompt_len: int) -> None:
@@ -87,7 +87,7 @@ class Sampler:
         if params.logprobs is not None:
             self.logprobs[slot] = params.logprobs
         if params.logit_bias:
-            self.bias[slot] = Rejection(
+            self.bias[slot] = LogitBias(
                 torch.tensor(list(params.logit_bias), dtype=torch.int64),
                 torch.tensor(list(params.logit_bias.values()), dtype=torch.float32),
             )
