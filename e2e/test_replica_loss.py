@@ -5,7 +5,9 @@ import os
 import signal
 from typing import Any
 
+import httpx
 import openai
+from prometheus_client.parser import text_string_to_metric_families
 
 STREAMS = 32
 TOKENS = 96
@@ -16,6 +18,7 @@ def _prompt(index: int) -> str:
 
 
 async def _stream(client: openai.AsyncOpenAI, index: int, started: asyncio.Event) -> str:
+    """The whole answer; sets `started` with its first piece."""
     text = ""
     stream = await client.chat.completions.create(
         model="chat",
@@ -42,10 +45,21 @@ async def _all(url: str, kill: int | None) -> list[str]:
     if kill is not None:
         # In the middle: every stream has begun, none can have ended.
         await asyncio.gather(*(event.wait() for event in events))
+        assert not any(task.done() for task in tasks)
         os.kill(kill, signal.SIGKILL)
     answers = await asyncio.gather(*tasks)
     await client.close()
     return list(answers)
+
+
+def _migrations(platform: Any) -> float:
+    text = httpx.get(f"{platform.url}/metrics").text
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "shoal_migrations_total"
+    )
 
 
 def test_streams_survive_the_death_of_their_replica(two_replicas: Any) -> None:
@@ -55,5 +69,7 @@ def test_streams_survive_the_death_of_their_replica(two_replicas: Any) -> None:
     assert len(workers) == 2
     disturbed = asyncio.run(_all(two_replicas.url, kill=workers[0]["pid"]))
     assert disturbed == undisturbed
+    # The dead replica held about half of the streams, and each of these went on elsewhere.
+    assert _migrations(two_replicas) >= STREAMS // 4
     assert len(set(undisturbed)) > STREAMS // 2
     two_replicas.wait_routable("chat", 2)
