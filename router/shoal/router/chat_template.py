@@ -35,7 +35,13 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise ChatTemplateError(f"the model's chat template is broken: {error}") from error
-        self._special_tokens = dict(special_tokens)
+        # Jinja's own `render` merges these anew each time, which costs more than the rendering.
+        self._globals = {
+            **self._template.globals,
+            "tools": None,
+            "documents": None,
+            **special_tokens,
+        }
 
     def render(
         self,
@@ -45,16 +51,16 @@ class ChatTemplate:
     ) -> str:
         """The prompt. Raises ChatTemplateError with the template's own words."""
         try:
-            return self._template.render(
-                **{
-                    "tools": None,
-                    "documents": None,
-                    **self._special_tokens,
+            context = self._template.new_context(
+                {
+                    **self._globals,
                     **variables,
                     "messages": messages,
                     "add_generation_prompt": add_generation_prompt,
-                }
+                },
+                shared=True,
             )
+            return "".join(self._template.root_render_func(context))
         except SecurityError as error:
             raise ChatTemplateError(f"the chat template does what it may not: {error}") from error
         except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError) as error:

@@ -4,9 +4,10 @@ Raw ASGI, no framework: a request is one task (the server's own) plus a watch fo
 hanging up. Whatever goes wrong becomes an error in OpenAI's shape.
 """
 
+import itertools
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Callable, Mapping
 
 from shoal.router.generation import GenerationError
@@ -79,10 +80,20 @@ def create_app(
     settings: HttpSettings | None = None,
     *,
     clock: Callable[[], float] = time.time,
-    new_id: Callable[[], str] = lambda: uuid.uuid4().hex,
+    new_id: Callable[[], str] | None = None,
 ) -> App:
-    """The application over a core. Run it where the core runs: one event loop."""
-    return App(Api(core, settings or HttpSettings(), clock), new_id)
+    """The application over a core. Run it where the core runs: one event loop.
+
+    `new_id`: makes the id of a request that brings none; default: random for each application,
+    then counted.
+    """
+    api = Api(core, settings or HttpSettings(), clock)
+    return App(api, new_id or _numbered(secrets.token_hex(12)))
+
+
+def _numbered(prefix: str) -> Callable[[], str]:
+    count = itertools.count(1)
+    return lambda: f"{prefix}{next(count):08x}"
 
 
 def _handler(exchange: Exchange) -> Handler:
