@@ -125,6 +125,28 @@ def test_hanging_up_cancels(stage, run):
         ("Complete", {"model": "chat", "text": "x", "stop": [""]}, "INVALID_ARGUMENT", "stop"),
         (
             "Complete",
+            {"model": "chat", "text": "x", "stop": ["s"] * 65},
+            "INVALID_ARGUMENT",
+            "at most 64",
+        ),
+        (
+            "Complete",
+            {"model": "chat", "text": "x", "sampling": {"logprobs": 2}},
+            "INVALID_ARGUMENT",
+            "sampling.logprobs is 2",
+        ),
+        (
+            "Chat",
+            {
+                "model": "chat",
+                "messages": [{"role": "user", "content": "x"}],
+                "sampling": {"prompt_logprobs": 0},
+            },
+            "INVALID_ARGUMENT",
+            "sampling.prompt_logprobs is 0",
+        ),
+        (
+            "Complete",
             {"model": "chat", "text": "x", "sampling": {"max_tokens": 5000}},
             "INVALID_ARGUMENT",
             "max_tokens is 5000",

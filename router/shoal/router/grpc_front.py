@@ -14,15 +14,25 @@ from shoal.router.chat_template import ChatTemplateError
 from shoal.router.core import RouterCore
 from shoal.router.generation import Generation, GenerationError, GenerationRequest
 from shoal.router.report import service_load
+from shoal.router.stop import MAX_STOP_LENGTH, MAX_STOP_STRINGS
 from shoal.router.text import TextModel
 from shoal.router.text_stream import TextStream
 
 log = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 10 << 20
-MAX_STOP_STRINGS = 16
-# Fields that the model's generation_config sets where the client does not.
-DEFAULTED: Final = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+# What TextChunk has no place for.
+UNANSWERED: Final = ("logprobs", "prompt_logprobs")
+SERVER_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Two routers that share a port by accident would each get half of the clients.
+    ("grpc.so_reuseport", 0),
+    # A client that vanished without a word would hold its replica until this notices.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+)
 STATUS = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -123,22 +133,24 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                 f"the prompt has {len(token_ids)} tokens, but the model holds "
                 f"{text.model.max_model_len} with at least one to generate",
             )
-        if any(not stop for stop in request.stop) or len(request.stop) > MAX_STOP_STRINGS:
-            raise _invalid(
-                "stop",
-                f"stop has {len(request.stop)} strings, but must have at most "
-                f"{MAX_STOP_STRINGS}, none of them empty",
-            )
+        _check_stop(request.stop)
         sampling = request.sampling
+        for name in UNANSWERED:
+            if sampling.HasField(name):
+                raise _invalid(
+                    f"sampling.{name}",
+                    f"sampling.{name} is {getattr(sampling, name)}, but gRPC answers carry none: "
+                    "leave it out, or ask over HTTP",
+                )
         if sampling.HasField("max_tokens") and sampling.max_tokens > room:
             raise _invalid(
                 "sampling.max_tokens",
                 f"sampling.max_tokens is {sampling.max_tokens}, but the prompt's {len(token_ids)} "
                 f"tokens leave {room} of the model's {text.model.max_model_len}",
             )
-        for name in DEFAULTED:
-            if text.model.default_sampling.HasField(name) and not sampling.HasField(name):
-                setattr(sampling, name, getattr(text.model.default_sampling, name))
+        for name, value in text.default_sampling.items():
+            if not sampling.HasField(name):
+                setattr(sampling, name, value)
         return self._core.submit(
             GenerationRequest(
                 service=service,
@@ -150,6 +162,20 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                 text=text,
             )
         )
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise _invalid(
+            "stop", f"stop has {len(stop)} strings, but must have at most {MAX_STOP_STRINGS}"
+        )
+    for place, one in enumerate(stop):
+        if not 0 < len(one) <= MAX_STOP_LENGTH:
+            raise _invalid(
+                f"stop[{place}]",
+                f"stop[{place}] has {len(one)} characters, but must have from 1 to "
+                f"{MAX_STOP_LENGTH}",
+            )
 
 
 async def _encode(text: TextModel, prompt: str, *, special: bool) -> list[int]:
@@ -206,13 +232,7 @@ async def _abort(context: Context, error: GenerationError) -> None:
 
 async def start_grpc(core: RouterCore, address: str) -> tuple[grpc.aio.Server, int]:
     """Starts the server; returns it and its port. Raises OSError where the port is taken."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            # Two routers that share a port by accident would each get half of the clients.
-            ("grpc.so_reuseport", 0),
-        ]
-    )
+    server = grpc.aio.server(options=SERVER_OPTIONS)
     router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(core), server)
     state = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
     health_pb2_grpc.add_HealthServicer_to_server(state, server)

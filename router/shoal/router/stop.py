@@ -6,6 +6,9 @@ first wins (of two that end together, the longer one), as if the text came chara
 
 from collections.abc import Sequence
 
+MAX_STOP_STRINGS = 64  # of a request
+MAX_STOP_LENGTH = 1024  # characters of one
+
 
 class StopChecker:
     """Holds back text that may be the beginning of a stop string.

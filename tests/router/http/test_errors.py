@@ -298,3 +298,13 @@ def test_errors_survive_json(core: Any, support: Any) -> None:
     name = '"};<script>\u2028'
     error = refused(support.post(core, "/v1/completions", {"model": "m", "prompt": "", name: 1}))
     assert name in json.loads(json.dumps(error))["message"]
+
+
+@pytest.mark.parametrize(("value", "words"), [("NaN", "not a number (NaN)"), ("1e400", "Infinity")])
+def test_what_is_no_number_is_shown_as_given(
+    core: Any, support: Any, value: str, words: str
+) -> None:
+    """The message repeats NaN and infinities, which JSON would write as null."""
+    raw = f'{{"model": "m", "prompt": "x", "n": {value}}}'.encode()
+    error = refused(support.post(core, "/v1/completions", raw))
+    assert words in error["message"]

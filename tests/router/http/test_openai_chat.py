@@ -173,6 +173,28 @@ def test_token_ids_and_prompt_logprobs_of_vllm(core: Any, support: Any) -> None:
     assert second[str(ord("s"))] == {"logprob": -0.5, "rank": 2, "decoded_token": "s"}
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+def test_a_streams_token_ids_are_complete(core: Any, support: Any, path: str) -> None:
+    """Tokens that show no text yet (half a character, a special token) are streamed too."""
+    core.reply = support.says(b"a\xc3", b"\xa4", b"\xe2", b"\x82", b"\xac")
+    body = {"model": "m", "stream": True, "return_token_ids": True, "max_tokens": 6}
+    body |= ask() if path == PATH else {"prompt": "Hi"}
+    chunks = support.post(core, path, body | {"stream": True}).events()
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    ids = [token_id for choice in choices for token_id in choice.get("token_ids", ())]
+    assert bytes(ids) == "a\u00e4\u20ac".encode()
+
+
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+def test_a_stream_refuses_prompt_logprobs(core: Any, support: Any, path: str) -> None:
+    """What a stream would not carry is refused by name, not dropped."""
+    body = ask() if path == PATH else {"model": "m", "prompt": "Hi"}
+    answer = support.post(core, path, {**body, "stream": True, "prompt_logprobs": 1})
+    error = answer.json()["error"]
+    assert (answer.status, error["param"]) == (400, "prompt_logprobs")
+    assert not core.requests
+
+
 def test_the_body_reaches_the_core(core: Any, support: Any) -> None:
     """Sampling fields, priority, tenant, session and pin arrive as given."""
     support.post(

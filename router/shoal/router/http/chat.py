@@ -22,7 +22,7 @@ async def chat(api: Api, exchange: Exchange) -> None:
     """Answers a chat, streamed or whole."""
     body = await read_body(exchange, ChatBody)
     service, text = await api.text(body.model)
-    check_stream_options(body)
+    check_stream(body)
     top = body.top_logprobs or 0
     if top and not body.logprobs:
         raise ApiError(
@@ -59,13 +59,21 @@ async def chat(api: Api, exchange: Exchange) -> None:
     await stream(exchange, run, chunks, _extras(body, text, run, top))
 
 
-def check_stream_options(body: GenerateBody) -> None:
-    """Raises ApiError where they are given without a stream."""
+def check_stream(body: GenerateBody) -> None:
+    """Raises ApiError for what only goes with a stream, or never does."""
     if body.stream_options is not None and not body.stream:
         raise ApiError(
             400,
             "stream_options is given, but stream is not true",
             param="stream_options",
+            code="invalid_value",
+        )
+    if body.stream and body.prompt_logprobs is not None:
+        raise ApiError(
+            400,
+            f"prompt_logprobs is {body.prompt_logprobs}, but a stream does not carry them: "
+            "leave it out, or set stream to false",
+            param="prompt_logprobs",
             code="invalid_value",
         )
 

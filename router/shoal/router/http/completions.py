@@ -6,7 +6,7 @@ import orjson
 
 from shoal.api.v1 import engine_pb2
 from shoal.router.http.api import Api, read_body
-from shoal.router.http.chat import check_stream_options, text_stream
+from shoal.router.http.chat import check_stream, text_stream
 from shoal.router.http.errors import ApiError
 from shoal.router.http.exchange import JSON, Exchange
 from shoal.router.http.fields import MAX_SAMPLES
@@ -26,7 +26,7 @@ async def completions(api: Api, exchange: Exchange) -> None:
     """Continues one prompt or several, streamed or whole."""
     body = await read_body(exchange, CompletionBody)
     service, text = await api.text(body.model)
-    check_stream_options(body)
+    check_stream(body)
     samples = _samples(body)
     add_special_tokens = body.add_special_tokens is not False
     prompts = await encode_prompts(text, body.prompt, add_special_tokens)

@@ -3,9 +3,10 @@
 Every message about a field names the field, its value and the limit.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import orjson
@@ -150,7 +151,7 @@ def _explain(
         number = "integer" if isinstance(value, int) else "decimal"
         return f"{path} is {shown}, but {words} {show(limits[key])}", f"{number}_{suffix}"
     if kind == "finite_number":
-        return f"{path} is {value}, but must be a finite number", "invalid_value"
+        return f"{path} is {shown}, but must be a finite number", "invalid_value"
     if kind == "literal_error":
         return f"{path} is {shown}, but must be {limits['expected']}", "invalid_value"
     if kind in ("too_long", "string_too_long"):
@@ -170,9 +171,10 @@ def _explain(
 
 
 def show(value: object) -> str:
-    """A value as JSON, cut to a length fit for a message."""
+    """A value as JSON, cut to a length fit for a message. NaN and infinities are named."""
     try:
-        text = orjson.dumps(value).decode()
+        finite = not isinstance(value, float) or isfinite(value)
+        text = orjson.dumps(value).decode() if finite else json.dumps(value)
     except (TypeError, ValueError):
         text = str(value)
     return text if len(text) <= _VALUE_LENGTH else f"{text[:_VALUE_LENGTH]}..."

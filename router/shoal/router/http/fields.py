@@ -20,6 +20,8 @@ from pydantic import (
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
+from shoal.router.stop import MAX_STOP_LENGTH, MAX_STOP_STRINGS
+
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 MAX_PROMPTS = 1024
@@ -115,10 +117,10 @@ Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _WHOLE]
 Priority = Annotated[int, Field(ge=-(2**31), le=_INT32, description="Smaller is sooner."), _WHOLE]
 Name = Annotated[str, Field(max_length=512)]
 
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[
     Annotated[StopString, Tag("<string>")]
-    | Annotated[Annotated[list[StopString], Field(max_length=64)], Tag("<strings>")],
+    | Annotated[Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)], Tag("<strings>")],
     Discriminator(
         _tagger(("<string>", _is_str), ("<strings>", _is_list)),
         custom_error_type="stop_type",

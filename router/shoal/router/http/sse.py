@@ -48,6 +48,11 @@ class Extras:
     logprobs: object | None
     fields: dict[str, object]  # further keys of the choice
 
+    @property
+    def any(self) -> bool:
+        """Whether they are worth a chunk without text."""
+        return bool(self.logprobs) or any(self.fields.values())
+
 
 class Chunks:
     """Writes the chunks of one response."""
@@ -171,7 +176,7 @@ async def stream(
                         if echo is not None:
                             parts.append(chunks.text(prefixes[choice], *echo(step)))
                     extra = extras(step) if extras is not None else None
-                    if text or (extra is not None and extra.logprobs):
+                    if text or (extra is not None and extra.any):
                         parts.append(chunks.text(prefixes[choice], text, extra))
                     if run.streams[choice].finish is not None:
                         parts.append(chunks.ending(choice, run.streams[choice]))
