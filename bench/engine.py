@@ -101,8 +101,8 @@ def main() -> None:
     names = args.workloads.split(",")
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     try:
-        for round_ in range(-1, args.rounds):  # round -1 warms up
-            for name in names:
+        for round_ in range(-1, args.rounds):
+            for name in names if round_ >= 0 else ["W1"]:  # round -1 warms up
                 for peer in peers:
                     seed = 1000 + round_
                     timing = peer.run(seed, name)

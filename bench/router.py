@@ -7,7 +7,9 @@ the load generator on the other; prefix-aware policy with cache events on, SmolL
 
 - added TTFT: one stream, 200-byte prompts; median time to first token through the router less
   the median of the same engine called directly over gRPC.
-- requests per second: 64 streams, answers of 16 tokens in one step, 200-byte and 16 KB prompts.
+- requests per second: 64 streams, answers of 16 tokens in one step, 200-byte and 16 KB prompts;
+  in the same round, the same load on a bare app on the same HTTP server (see bare), which is what
+  a Python process can reach on this machine.
 - CPU per chunk: 256 streams of 50 tokens per second, the router's own CPU time per SSE event.
 """
 
@@ -98,17 +100,21 @@ def open_stage(folder: Path, tokenizer: Path, cores: list[int], *engine: str) ->
         *("--http-port", str(http_port), "--grpc-port", "0", "--log-level", "warning"),
     )
     processes.append(router)
-    stage = Stage(processes, psutil.Process(router.pid), http_port, ports[0])
+    wait_for(http_port, "/ready")
+    return Stage(processes, psutil.Process(router.pid), http_port, ports[0])
+
+
+def wait_for(port: int, path: str) -> None:
+    """Until something answers there with 200; at most 30 s."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:
-            if httpx.get(f"http://127.0.0.1:{http_port}/ready").status_code == 200:
-                return stage
+            if httpx.get(f"http://127.0.0.1:{port}{path}").status_code == 200:
+                return
         except httpx.TransportError:
             pass
         time.sleep(0.05)
-    stage.close()
-    raise SystemExit("the router was not ready within 30 s")
+    raise SystemExit(f"nothing was ready on port {port} within 30 s")
 
 
 def prompts(size: int, max_tokens: int) -> list[bytes]:
@@ -165,6 +171,9 @@ async def measure(
 
     short, long = prompts(200, 16), prompts(16_000, 16)
     stage = open_stage(folder, tokenizer, cores, "--tokens-per-step", "16")
+    bare_port = stage.http_port + 10
+    stage.processes.append(_spawn(cores[0], "bench.bare", "--port", str(bare_port)))
+    wait_for(bare_port, "/")
     try:
         pick = lambda bodies: lambda i: bodies[i % len(bodies)]  # noqa: E731
         await run(stage.http_port, pick(short), streams=64, seconds=2)
@@ -178,7 +187,11 @@ async def measure(
                 used = sum(stage.router.cpu_times()[:2]) - before
                 if result.failures:
                     raise SystemExit(f"{result.failures} requests failed")
-                note(f"req/s, 64 streams, {name}", result.requests / result.wall)
+                bare = await run(bare_port, pick(bodies), streams=64, seconds=args.seconds / 2)
+                rate, limit = result.requests / result.wall, bare.requests / bare.wall
+                note(f"req/s, 64 streams, {name}", rate)
+                note(f"bare app req/s, {name}", limit)
+                note(f"router / bare, {name}", rate / limit)
                 note(f"TTFT p50 ms, 64, {name}", statistics.median(result.first) * 1e3)
                 note(f"router core busy %, {name}", 100 * used / result.wall)
     finally:
