@@ -215,7 +215,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
         if sampling.HasField("max_tokens"):
             count, finish = sampling.max_tokens, engine_pb2.FINISH_REASON_LENGTH
         greedy = sampling.HasField("temperature") and not sampling.temperature
-        cached = self._cache(prompt)
+        cached = self._cache(prompt, start.salt)
         sequences = []
         for index in range(start.sample_index, start.sample_index + max(1, start.n)):
             tokens = expected(prompt, count, seed=None if greedy else sampling.seed, index=index)
@@ -227,10 +227,10 @@ class Engine(engine_pb2_grpc.EngineServicer):
     def end(self, count: int) -> None:
         self._running -= count
 
-    def _cache(self, prompt: list[int]) -> int:
+    def _cache(self, prompt: list[int], salt: str) -> int:
         """Stores the prompt's blocks, tells watchers, returns the tokens found."""
         size = self.model.block_size
-        hashes = block_hashes(root_hash(self.model.hash_seed), prompt, size)
+        hashes = block_hashes(root_hash(self.model.hash_seed, salt), prompt, size)
         blocks = [wire_id(block) for block in hashes]
         hit = next(
             (at for at, block in enumerate(blocks) if block not in self._cached), len(blocks)

@@ -376,3 +376,73 @@ def test_cancel_wakes_the_reader_and_leaves_the_queue(stage, run):
             assert s.dispatcher.stats.open == 0
 
     run(body())
+
+
+def test_more_samples_than_slots_hold_up_nobody(stage, run):
+    """Under constant small requests one of forty samples is served, and those behind it too."""
+
+    async def body():
+        engine = Engine(model=byte_model("r", max_num_seqs=32), script=Script(step_seconds=SLOW))
+        async with stage([engine]) as s:
+            busy = True
+
+            async def client() -> None:
+                while busy:
+                    await s.answer(s.ask(max_tokens=20))
+
+            clients = [asyncio.create_task(client()) for _ in range(34)]
+            await asyncio.sleep(5 * SLOW)
+            big = s.ask(max_tokens=4, n=40)
+            behind = s.ask(max_tokens=4)
+            async with asyncio.timeout(5):
+                assert await s.read(big) == [expected(PROMPT, 4)] * 40
+                assert await s.answer(behind) == expected(PROMPT, 4)
+            busy = False
+            await asyncio.gather(*clients)
+            assert s.dispatcher.replicas["e0"].in_flight == 0
+
+    run(body())
+
+
+def test_a_continuation_that_is_refused_costs_no_migration(stage, run):
+    """A replica that drains before it continued anything has not failed."""
+
+    async def body():
+        async with stage(slow(3), migration_limit=1) as s:
+            generation = s.ask(max_tokens=30)
+            await s.until(lambda: len(generation.samples[0].generated) > 3)
+            index = int(generation.endpoint[1:])
+            others = [i for i in range(3) if i != index]
+            for other in others:
+                s.peers[other].engine.script.refuse = engine_pb2.Error.UNAVAILABLE
+            await s.kill(index)
+            await s.until(lambda: any(s.starts(other) for other in others))
+            for other in others:
+                s.peers[other].engine.script.refuse = None
+            assert await s.answer(generation) == expected(PROMPT, 30)
+
+    run(body())
+
+
+def test_a_salt_reaches_the_engine_and_keeps_prefixes_apart(stage, run):
+    """Requests follow the cached prefix of their own salt only."""
+
+    async def body():
+        async with stage(2, policy="PrefixAware") as s:
+            index = s.dispatcher.selection.index
+            prompt = list(range(97, 97 + 24)) * 8
+            first = s.ask(prompt, salt="a")
+            await s.answer(first)
+            await s.until(lambda: len(index) > 0)
+            home = int(first.endpoint[1:])
+            assert {start.salt for start in s.starts(home)} == {"a"}
+            for _ in range(6):
+                again = s.ask(prompt, salt="a")
+                await s.answer(again)
+                assert again.endpoint == first.endpoint
+                assert again.samples[0].cached_tokens > 0
+            other = s.ask(prompt, salt="b")
+            await s.answer(other)
+            assert other.samples[0].cached_tokens == 0
+
+    run(body())

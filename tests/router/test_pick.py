@@ -137,7 +137,13 @@ def test_room_is_slots_plus_an_eighth():
     assert not has_room(replica(in_flight=72), 1)
     assert not has_room(replica(in_flight=5, waiting=9), 1)
     assert has_room(replica(in_flight=0, slots=4), 16)
-    assert not has_room(replica(in_flight=1, slots=4), 16)
+
+
+def test_many_samples_never_wait_for_an_idle_replica():
+    """More samples than slots go where an eighth of the slots fits, as smaller requests do."""
+    assert has_room(replica(in_flight=64), 128)
+    assert not has_room(replica(in_flight=65), 128)
+    assert not has_room(replica(in_flight=1, waiting=9), 128)
 
 
 def test_the_prediction_counts_queue_own_tokens_and_decoding():

@@ -8,7 +8,8 @@ When a replica is lost its pieces go to the front of the queue and on to other r
 generated ids behind the prompt, the same seed and sample index, and what is left of the token
 limits. Draws are keyed by (seed, sample, position), so the continuation is exact, and the router
 draws a seed where the client gave none. `max_retries` bounds this before the first token,
-`migration_limit` after it; a replica that merely refuses (it drains) costs neither.
+`migration_limit` after it; a replica that merely refuses (it drains) costs neither: only one that
+answers UNAVAILABLE after tokens of its own counts as failed.
 """
 
 import random
@@ -148,9 +149,10 @@ class Dispatcher:
         for piece in list(generation.pieces):
             if index is not None and index not in piece.indexes:
                 continue
-            self._take_off(piece, None if index is None else [index])
-            if piece.ticket is not None and piece.indexes:
-                self._requeue(piece)
+            if index is None or piece.indexes == [index]:
+                self._drop(piece)
+            else:
+                self._drop_sample(piece, index)
         if index is None:
             self._end(generation, 499)
         elif not generation.unfinished:
@@ -259,7 +261,7 @@ class Dispatcher:
             self._fail(piece.generation, GenerationError(408, "timeout", message))
         elif code == Code.UNAVAILABLE:
             replica.refuse()
-            self._again(piece, replica, message, free=not piece.begun)
+            self._again(piece, replica, message, free=not piece.progressed)
         else:
             if delta.finish_reason == ERROR:
                 replica.outlier.failed(self._clock())
@@ -307,7 +309,7 @@ class Dispatcher:
     def _again(self, piece: Piece, replica: Replica, why: str, *, free: bool = False) -> None:
         """A replica did not finish a piece: queue it for another, or give up."""
         generation = piece.generation
-        self._take_off(piece, [])
+        self._detach(piece)
         if generation.settled:
             return
         begun = piece.begun
@@ -336,24 +338,28 @@ class Dispatcher:
         for part in piece.split():
             self._enqueue(part, now, front=True)
 
-    def _take_off(self, piece: Piece, indexes: Sequence[int] | None) -> None:
-        """Takes a piece out of the queue or off its replica. `indexes`: samples that are not
-        wanted any more; None: all; empty: the piece itself goes on elsewhere."""
-        gone = list(piece.indexes) if indexes is None else list(indexes)
-        left = [index for index in piece.indexes if index not in gone]
-        leaves = not gone or not left
-        replica = piece.replica
-        if replica is not None:
-            replica.cancel(piece, None if leaves else gone[0])
-            sequences = len(piece.indexes) if leaves else len(gone)
-            piece.indexes = [] if leaves else left
-            replica.release(piece, sequences)
-        elif piece.ticket is not None and leaves:
+    def _detach(self, piece: Piece) -> None:
+        """Takes a piece out of the queue or off its replica; its samples stay unfinished."""
+        if piece.replica is not None:
+            piece.replica.cancel(piece)
+            piece.replica.drop(piece)
+        elif piece.ticket is not None:
             self.queue.remove(piece.ticket)
             piece.ticket = None
-        piece.indexes = left
-        if not left:
-            piece.generation.pieces.remove(piece)
+
+    def _drop(self, piece: Piece) -> None:
+        """Nobody wants any sample of it."""
+        self._detach(piece)
+        piece.generation.pieces.remove(piece)
+
+    def _drop_sample(self, piece: Piece, index: int) -> None:
+        """Nobody wants this sample; it has others."""
+        piece.indexes.remove(index)
+        if piece.replica is not None:
+            piece.replica.cancel(piece, index)
+            piece.replica.release(piece)
+        else:
+            self._requeue(piece)
 
     # Ends
 
@@ -361,7 +367,7 @@ class Dispatcher:
         if generation.settled:
             return
         for piece in list(generation.pieces):
-            self._take_off(piece, None)
+            self._drop(piece)
         generation.fail(error)
         self._end(generation, error.status)
 

@@ -61,6 +61,7 @@ class GenerationRequest:
     tenant: str = ""  # shares of the queue are fair between tenants
     session: str | None = None  # requests of one session prefer one replica
     revision: str | None = None  # pin: only replicas of this revision
+    salt: str = ""  # shares cached prefixes only with requests of the same salt
     timeout_seconds: float | None = None  # from submit to the last token
     # What made the token ids. With it, a request never meets a replica that has another
     # tokenizer, which can be while a rollout changes the model.

@@ -148,9 +148,9 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
                 f"sampling.max_tokens is {sampling.max_tokens}, but the prompt's {len(token_ids)} "
                 f"tokens leave {room} of the model's {text.model.max_model_len}",
             )
-        for name, value in text.default_sampling.items():
-            if not sampling.HasField(name):
-                setattr(sampling, name, value)
+        defaults: dict[str, Any] = {**text.default_sampling}
+        sampling = engine_pb2.Sampling(**defaults)
+        sampling.MergeFrom(request.sampling)
         return self._core.submit(
             GenerationRequest(
                 service=service,

@@ -61,12 +61,17 @@ class PickSettings:
 def has_room(candidate: Candidate, sequences: int) -> bool:
     """The rule of late binding: a replica is handed what fits its slots plus an eighth of them
     (so that a slot that frees is filled without a round trip), and nothing while its engine
-    reports more than that eighth waiting (its cache is full). An idle one takes any request."""
+    reports more than that eighth waiting (its cache is full). An idle one takes any request.
+
+    Of many samples no more than that eighth has to fit: they share one prompt and stay together,
+    and a head of the queue that waited for an idle replica would hold up all behind it."""
     in_flight = candidate.in_flight
     if not in_flight:
         return True
     spare = candidate.slots // 8 or 1
-    return in_flight + sequences <= candidate.slots + spare and candidate.waiting <= spare
+    return in_flight + min(sequences, spare) <= candidate.slots + spare and (
+        candidate.waiting <= spare
+    )
 
 
 def predicted_ttft(candidate: Candidate, tokens: int, fallback_rate: float) -> float:

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from shoal.api.blocks import BlockHash
 from shoal.api.v1 import engine_pb2
 from shoal.router.generation import Generation
 from shoal.router.prefix_index import PromptBlocks
@@ -24,6 +23,7 @@ class Piece:
         "indexes",
         "migrations",
         "replica",
+        "resumed_at",
         "retries",
         "share",
         "text_key",
@@ -43,11 +43,12 @@ class Piece:
         self.id = ""  # on the wire, while on a replica
         self.replica: Replica | None = None
         self.ticket: Ticket[Piece, Lane] | None = None
-        self.blocks: dict[tuple[BlockHash, int], PromptBlocks] = {}  # by root and block size
+        self.blocks: dict[tuple[str, int], PromptBlocks] = {}  # by hash seed and block size
         self.uncached_tokens = 0  # to prefill on the replica chosen last
         self.failed_on: frozenset[str] = frozenset()
         self.retries = 0
         self.migrations = 0
+        self.resumed_at = 0  # tokens of a sample that its replica was given with the prompt
 
     @property
     def begun(self) -> bool:
@@ -56,6 +57,12 @@ class Piece:
         if not generation.first_at:
             return False
         return any(generation.samples[index].generated for index in self.indexes)
+
+    @property
+    def progressed(self) -> bool:
+        """Its replica has delivered a token of an unfinished sample."""
+        samples = self.generation.samples
+        return any(len(samples[index].generated) > self.resumed_at for index in self.indexes)
 
     def split(self) -> "list[Piece]":
         """Itself, or a piece for each sample where one Start cannot say them all any more."""
@@ -85,11 +92,13 @@ class Piece:
         generated = generation.samples[self.indexes[0]].generated
         start.token_ids.extend(request.token_ids)
         start.token_ids.extend(generated)
+        self.resumed_at = len(generated)
         start.prompt_tokens = len(request.token_ids)
         start.sampling.CopyFrom(request.sampling)
         if generated:
             _shorten(start.sampling, len(generated))
         start.priority = request.priority
+        start.salt = request.salt
         start.n = len(self.indexes)
         start.sample_index = self.indexes[0]
         if request.timeout_seconds is not None:

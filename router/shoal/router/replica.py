@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from shoal.api.blocks import root_hash
 from shoal.api.routes import Endpoint
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 from shoal.router.outlier import Outlier
@@ -93,7 +92,7 @@ class Replica:
         self.load = engine_pb2.Load()
         self.outlier = Outlier()
         self.text_key = ""  # same key, same tokenizer and template
-        self.root = root_hash("")  # that its block hashes start from
+        self.hash_seed = ""  # of its block hashes' root
         self.block_size = 1
         self.in_flight = 0  # sequences
         self.pieces: dict[str, Piece] = {}
@@ -174,15 +173,22 @@ class Replica:
                 self._outgoing.cancel.add(id=piece.id, index=index)
             self._wake.set()
 
-    def release(self, piece: "Piece", sequences: int = 1) -> None:
-        """Sequences of a piece have ended. The piece leaves when it has no indexes any more."""
-        self.in_flight -= sequences
+    def release(self, piece: "Piece") -> None:
+        """A sequence of a piece has ended, and is no index of it any more. The piece leaves with
+        its last."""
+        self.in_flight -= 1
         self._candidate = None
         if not piece.indexes:
-            self.pieces.pop(piece.id, None)
-            piece.replica = None
-            if self._retired and not self.pieces:
-                self._stop()
+            self.drop(piece)
+
+    def drop(self, piece: "Piece") -> None:
+        """A piece leaves with all sequences that it still has."""
+        self.in_flight -= len(piece.indexes)
+        self._candidate = None
+        self.pieces.pop(piece.id, None)
+        piece.replica = None
+        if self._retired and not self.pieces:
+            self._stop()
 
     def refuse(self) -> None:
         """It refused a request because it drains: nothing more goes there until its next load."""
@@ -257,7 +263,7 @@ class Replica:
 
     def _connect(self, model: engine_pb2.Model, key: str) -> None:
         self.text_key = key
-        self.root = root_hash(model.hash_seed)
+        self.hash_seed = model.hash_seed
         self.block_size = max(1, model.block_size)
         self.load = engine_pb2.Load(blocks_total=model.num_blocks)
         self._slots = max(1, model.max_num_seqs)

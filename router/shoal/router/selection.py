@@ -9,6 +9,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from time import perf_counter
 
+from shoal.api.blocks import root_hash
 from shoal.api.routes import RouteTable, RoutingPolicy
 from shoal.router.histogram import Histogram
 from shoal.router.pick import Demand, PickSettings, draw_revision, pick
@@ -100,11 +101,12 @@ class Selection:
         cached: dict[str, int] = {}
         if not len(self.index):
             return cached
-        for root, size in {(replica.root, replica.block_size) for replica in replicas}:
-            blocks = piece.blocks.get((root, size))
+        for seed, size in {(replica.hash_seed, replica.block_size) for replica in replicas}:
+            blocks = piece.blocks.get((seed, size))
             if blocks is None:
-                prompt = piece.generation.request.token_ids
-                blocks = piece.blocks[root, size] = PromptBlocks(root, prompt, size)
+                request = piece.generation.request
+                blocks = PromptBlocks(root_hash(seed, request.salt), request.token_ids, size)
+                piece.blocks[seed, size] = blocks
             # Only replicas of this root can match: every hash begins with it.
             for name, matched in self.index.match(blocks).items():
                 cached[name] = matched * size

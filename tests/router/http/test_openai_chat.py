@@ -217,6 +217,7 @@ def test_the_body_reaches_the_core(core: Any, support: Any) -> None:
             ignore_eos=True,
             priority=-3,
             user="tenant",
+            cache_salt="salt",
         ),
         headers=[
             ("content-type", "application/json; charset=utf-8"),
@@ -237,7 +238,7 @@ def test_the_body_reaches_the_core(core: Any, support: Any) -> None:
     assert (sampling.min_tokens, sampling.max_tokens) == (2, 9)
     assert sampling.ignore_eos
     assert not sampling.HasField("logprobs")
-    assert (request.priority, request.tenant) == (-3, "tenant")
+    assert (request.priority, request.tenant, request.salt) == (-3, "tenant", "salt")
     assert (request.session, request.revision) == ("s1", "r9")
     assert request.text is core.text_model
 

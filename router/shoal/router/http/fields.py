@@ -116,6 +116,7 @@ AtLeastOne = Annotated[int, Field(ge=1, le=_INT32), _WHOLE]
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), _WHOLE]
 Priority = Annotated[int, Field(ge=-(2**31), le=_INT32, description="Smaller is sooner."), _WHOLE]
 Name = Annotated[str, Field(max_length=512)]
+Salt = Annotated[str, Field(min_length=1, max_length=512)]
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stop = Annotated[

@@ -140,6 +140,7 @@ def submit(
                 tenant=body.user or body.safety_identifier or "",
                 session=session,
                 revision=pin.decode("latin-1") if pin else None,
+                salt=body.cache_salt or "",
                 text=text,
             )
             generations.append(api.core.submit(request))

@@ -19,6 +19,7 @@ from shoal.router.http.fields import (
     Priority,
     Prompt,
     RepetitionPenalty,
+    Salt,
     Samples,
     Seed,
     Share,
@@ -61,6 +62,13 @@ class GenerateBody(Body):
     user: Name | None = None
     prompt_cache_key: Annotated[
         Name | None, Field(description="Requests with one key prefer one replica.")
+    ] = None
+    cache_salt: Annotated[
+        Salt | None,
+        Field(
+            description="Keeps cached prefixes apart: only requests with the same salt share "
+            "them, so nobody learns from response times what others have sent."
+        ),
     ] = None
     safety_identifier: Annotated[
         Name | None, Field(description="Stands in for `user` where that is missing.")
