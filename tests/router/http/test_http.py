@@ -179,6 +179,40 @@ def test_a_client_that_hangs_up_cancels(core: Any, support: Any) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_client_that_hangs_up_before_there_is_a_model(
+    core: Any, support: Any, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its wait for a first replica ends, so that its place is free, and nothing is logged."""
+    waiting: list[str] = []
+
+    class Starting(support.FakeCore):  # type: ignore[misc, name-defined]
+        async def text(self, service: str, timeout: float | None = None) -> Any:  # noqa: ASYNC109
+            waiting.append(service)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                waiting.remove(service)
+
+    async def main() -> None:
+        async with support.served(Starting(core.text_model)) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            body = CHAT if "chat" in path else {"model": "m", "prompt": "x"}
+            writer.write(
+                _post(json.dumps(body).encode()).replace(b"/v1/chat/completions", path.encode())
+            )
+            async with asyncio.timeout(20):
+                while not waiting:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+                writer.close()
+                while waiting:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert b"200 OK" in await _raw(port, b"GET /health HTTP/1.0\r\n\r\n")
+
+    asyncio.run(main())
+    assert not caplog.records
+
+
 def test_slow_and_broken_clients(core: Any, support: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each ends after a bound with an answer in shape, and the server serves on."""
     monkeypatch.setattr(server, "HEADER_SECONDS", 0.2)

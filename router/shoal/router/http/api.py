@@ -23,12 +23,14 @@ class Api:
     settings: HttpSettings
     clock: Callable[[], float]  # seconds since the epoch
 
-    async def text(self, model_id: str) -> tuple[str, TextModel]:
-        """Service and text model of a model id. Raises ApiError 404, GenerationError."""
+    async def text(self, exchange: Exchange, model_id: str) -> tuple[str, TextModel]:
+        """Service and text model of a model id. A client that hangs up while it waits for them
+        leaves the queue. Raises ApiError, GenerationError."""
         service = self.core.find(model_id)
         if service is None:
             raise model_not_found(model_id, self.core.models())
-        return service, await self.core.text(service, self.settings.model_timeout_seconds)
+        with exchange.given_up_on_hangup():
+            return service, await self.core.text(service, self.settings.model_timeout_seconds)
 
 
 Handler = Callable[[Api, Exchange], Awaitable[None]]

@@ -21,7 +21,7 @@ from shoal.router.text_stream import TextStream
 async def chat(api: Api, exchange: Exchange) -> None:
     """Answers a chat, streamed or whole."""
     body = await read_body(exchange, ChatBody)
-    service, text = await api.text(body.model)
+    service, text = await api.text(exchange, body.model)
     check_stream(body)
     top = body.top_logprobs or 0
     if top and not body.logprobs:

@@ -25,7 +25,7 @@ _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 async def completions(api: Api, exchange: Exchange) -> None:
     """Continues one prompt or several, streamed or whole."""
     body = await read_body(exchange, CompletionBody)
-    service, text = await api.text(body.model)
+    service, text = await api.text(exchange, body.model)
     check_stream(body)
     samples = _samples(body)
     add_special_tokens = body.add_special_tokens is not False

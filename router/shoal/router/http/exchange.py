@@ -1,7 +1,8 @@
 """One HTTP exchange over raw ASGI: the request's body in, one response out."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +31,12 @@ class Exchange:
     """A request and its response. Exactly one of `respond` and `start` is called."""
 
     __slots__ = (
+        "_generations",
         "_headers",
         "_receive",
         "_send",
         "_settings",
+        "_waiting",
         "_watch",
         "gone",
         "request_id",
@@ -48,10 +51,12 @@ class Exchange:
         self.request_id = request_id
         self.gone = False  # the client hung up
         self.started = False  # the response's headers are out
+        self._generations: Sequence[Generation] = ()
         self._headers: dict[bytes, bytes] | None = None
         self._receive = receive
         self._send = send
         self._settings = settings
+        self._waiting: asyncio.Task[Any] | None = None  # the handler, while it may be given up
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -114,17 +119,44 @@ class Exchange:
         message = f"the body has {length} bytes, but must have at most {limit}"
         return ApiError(413, message, code="body_too_long", headers=_CLOSE)
 
-    def cancel_on_hangup(self, generations: list[Generation]) -> None:
-        """From now on a client that hangs up cancels these. Call after the body was read, once."""
+    @contextlib.contextmanager
+    def given_up_on_hangup(self) -> Iterator[None]:
+        """What is awaited inside ends with ApiError once the client hangs up; for waits before
+        there is a generation. Use after the body was read, from the exchange's own task."""
+        self._watch_client()
+        task = self._waiting = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.gone or task is None or task.uncancel():
+                raise  # by somebody else
+            raise ApiError(408, "the client hung up") from None
+        finally:
+            self._waiting = None
 
-        async def watch() -> None:
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-            self.gone = True
-            for generation in generations:
-                generation.cancel()
+    def cancel_on_hangup(self, generations: Sequence[Generation]) -> None:
+        """From now on a client that hangs up, or has hung up, cancels these. Use after the body
+        was read."""
+        self._watch_client()
+        self._generations = generations
+        if self.gone:
+            self._cancel()
 
-        self._watch = asyncio.create_task(watch())
+    def _watch_client(self) -> None:
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._until_hangup())
+
+    async def _until_hangup(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for generation in self._generations:
+            generation.cancel()
 
     def close(self) -> None:
         """Ends what this exchange left running."""

@@ -35,7 +35,7 @@ async def tokenize(api: Api, exchange: Exchange) -> None:
     given = body.model_fields_set & {"prompt", "messages"}
     if len(given) != 1:
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
-    _, text = await api.text(body.model)
+    _, text = await api.text(exchange, body.model)
     if body.messages:
         prompt = await chat_prompt(text, body.messages, body.add_generation_prompt is not False)
         ids = await encode(text, prompt, bool(body.add_special_tokens), "messages")
@@ -55,7 +55,7 @@ async def tokenize(api: Api, exchange: Exchange) -> None:
 async def detokenize(api: Api, exchange: Exchange) -> None:
     """The text of token ids, special ones included, in vLLM's shape."""
     body = await read_body(exchange, DetokenizeBody)
-    _, text = await api.text(body.model)
+    _, text = await api.text(exchange, body.model)
     check_ids(body.tokens, text.model.vocab_size, "tokens")
     prompt = text.decode(body.tokens, skip_special_tokens=False)
     await exchange.respond(200, orjson.dumps({"prompt": prompt}), JSON)
