@@ -197,12 +197,14 @@ def build(
     block_size: int = 4,
     max_model_len: int = 128,
     clock: Callable[[], float] = lambda: 0.0,
+    warm_up_rate: float = 0.0,
     **config: object,
 ) -> tuple[Engine, KvModel]:
     """An engine over a fresh model of the device."""
     model = KvModel(num_blocks, block_size, max_model_len)
     settings = EngineConfig(**{"max_num_seqs": 8, "max_batched_tokens": 32, **config})
-    return Engine(model, settings, clock=clock, rng=random.Random(0)), model
+    rng = random.Random(0)
+    return Engine(model, settings, clock=clock, rng=rng, warm_up_rate=warm_up_rate), model
 
 
 def request(

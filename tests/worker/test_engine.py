@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 
 from shoal.worker.engine import MAX_FAILURES, EngineDead
+from shoal.worker.loop import EngineLoop
 from shoal.worker.request import ErrorCode, FinishReason, InvalidRequest, SequenceKey
 from shoal.worker.sequence import mix
 from shoal.worker.step import StepPlan
@@ -332,3 +333,80 @@ def test_load_and_heartbeat_follow_the_clock(kv: ModuleType) -> None:
     clock.now += 5
     engine.step()
     assert engine.heartbeat == before, "a failed step is no sign of life"
+
+
+def test_ended_requests_leave_no_deadlines_behind(kv: ModuleType) -> None:
+    """However many requests with a far deadline came and went, the engine keeps two or three."""
+    engine, _ = kv.build(clock=Clock())
+    client = kv.Client(engine)
+    for i in range(50):
+        engine.add(kv.request(str(i), prompt(4), 1, ignore_eos=True, deadline_seconds=1e6))
+        client.run()
+    assert len(engine._deadlines) <= 2
+
+
+def test_deadlines_survive_compaction(kv: ModuleType) -> None:
+    """The one request that goes on still ends at its deadline, after many others have ended."""
+    clock = Clock()
+    engine, _ = kv.build(clock=clock)
+    engine.add(kv.request("long", prompt(4), 100, ignore_eos=True, deadline_seconds=5.0))
+    for i in range(20):
+        engine.add(kv.request(str(i), prompt(4), 1, ignore_eos=True, deadline_seconds=1e6))
+        engine.step()
+    clock.now += 5.0
+    (delta,) = engine.step().deltas
+    assert (delta.key.request_id, delta.code) == ("long", ErrorCode.DEADLINE_EXCEEDED)
+
+
+def test_a_large_step_may_take_long(kv: ModuleType) -> None:
+    """Ten times what the step's tokens take at the rate known: of the warm-up, then measured."""
+    clock = Clock()
+    engine, model = kv.build(clock=clock, warm_up_rate=2.0, max_batched_tokens=16)
+    allowed: list[float] = []
+
+    def slow(plan: StepPlan) -> dict[int, str]:
+        allowed.append(engine.step_allowance)
+        clock.now += 4.0
+        return {}
+
+    model.fault = slow
+    engine.add(kv.request("a", prompt(20), 2, ignore_eos=True))
+    while engine.has_work:
+        engine.step()
+    # 8 tokens a step at most: 8 / 2 a second; then 8 in 4 s, and 4 s that a step takes.
+    assert allowed[:2] == [pytest.approx(10 * 4.0), pytest.approx(10 * (4.0 + 4.0))]
+    assert len(allowed) == 4 and allowed[3] < allowed[1], "one token is allowed less"
+
+
+def test_a_slow_step_is_no_hang_and_a_stuck_one_is(kv: ModuleType) -> None:
+    """The loop counts as stalled beyond the seconds given and beyond what the step's size
+    explains."""
+    clock = Clock()
+    engine, model = kv.build(clock=clock, warm_up_rate=0.1)
+    loop = EngineLoop(engine, lambda report: None, lambda reason: None, clock)
+    stalled: list[bool] = []
+
+    def stuck(plan: StepPlan) -> dict[int, str]:
+        started = clock.now
+        for seconds in (29.0, 31.0, 399.0, 401.0):
+            clock.now = started + seconds
+            stalled.append(loop.stalled(30.0))
+        return {}
+
+    model.fault = stuck
+    engine.add(kv.request("a", prompt(4), 1, ignore_eos=True))
+    engine.step()
+    assert stalled == [False, False, False, True]
+
+
+def test_no_more_sequences_are_promised_than_a_step_has_tokens(kv: ModuleType) -> None:
+    """Routers are told what the scheduler lets run, not what the settings wish for."""
+    engine, _ = kv.build(max_num_seqs=8, max_batched_tokens=3)
+    assert engine.max_num_seqs == 3
+    for i in range(5):
+        engine.add(kv.request(str(i), prompt(1, i), 4, ignore_eos=True))
+    most = 0
+    while engine.has_work:
+        engine.step()
+        most = max(most, engine.load().running)
+    assert most == engine.max_num_seqs

@@ -207,7 +207,8 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         "--stall-seconds",
         type=float,
         default=30.0,
-        help="an engine silent for so long is unhealthy; default: 30",
+        help="an engine is unhealthy once a step takes longer than this and than ten times what"
+        " a step of its size takes; default: 30",
     )
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     add(

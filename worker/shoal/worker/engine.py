@@ -12,8 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
-from typing import ClassVar
+from heapq import heapify, heappop, heappush
 
 from shoal.api.blocks import BlockHash, block_hashes, root_hash
 from shoal.worker.config import EngineConfig
@@ -28,6 +27,7 @@ from shoal.worker.request import (
 from shoal.worker.scheduler import EngineStats, Scheduler
 from shoal.worker.sequence import Sequence, SequenceDelta, sequences_of
 from shoal.worker.step import StepPlan
+from shoal.worker.step_times import StepTimes
 from shoal.worker.validate import check_config, validate_request
 
 __all__ = [
@@ -85,8 +85,10 @@ class Engine:
         revision: str = "",
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
+        warm_up_rate: float = 0.0,
     ) -> None:
-        """`revision` is the salt of every block hash. Raises ValueError for settings that no
+        """`revision` is the salt of every block hash; `warm_up_rate` says what is known of the
+        device's prompt tokens a second (0: nothing). Raises ValueError for settings that no
         request could be served with."""
         check_config(config)
         self._executor = executor
@@ -98,12 +100,20 @@ class Engine:
         self.max_model_len = self._limit_length()  # prompt and generated tokens, of any request
         self.heartbeat = clock()  # when the last step finished, by the clock given
         self._requests: dict[str, _InFlight] = {}
-        self._deadlines: list[tuple[float, str]] = []  # a heap; ended requests stay until theirs
+        self._deadlines: list[tuple[float, str]] = []  # a heap, some of requests that have ended
         self._pending: list[SequenceDelta] = []  # of sequences that ended between steps
         self._arrivals = 0
-        self._times = _Times()
+        self._times = StepTimes(warm_up_rate)
+        # Seconds that the newest step takes even on a bad day. It stays after the step, until
+        # whoever watches the turn has seen it end. Any thread may read it.
+        self.step_allowance = 0.0
         self._failures = 0  # in a row
         self._dead: str | None = None
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at the same time, at most: no more than a step has tokens."""
+        return self._scheduler.max_running
 
     @property
     def has_work(self) -> bool:
@@ -151,6 +161,8 @@ class Engine:
             deadline = self._clock() + request.deadline_seconds
             heappush(self._deadlines, (deadline, request_id))
         self._requests[request_id] = _InFlight({seq.key.index: seq for seq in sequences}, deadline)
+        if len(self._deadlines) > 2 * len(self._requests):
+            self._compact_deadlines()
         for seq in sequences:
             self._scheduler.add(seq)
 
@@ -192,6 +204,7 @@ class Engine:
     def _run(self, plan: StepPlan) -> list[SequenceDelta]:
         scheduler = self._scheduler
         num_prefill = plan.num_tokens - scheduler.num_decoding
+        self.step_allowance = self._times.allowance(plan.num_tokens)
         started = self._clock()
         try:
             result = self._executor.execute(plan)
@@ -229,6 +242,16 @@ class Engine:
             if request is not None and request.deadline == deadline:
                 reason = "the request was not finished before its deadline"
                 self._end(request_id, None, FinishReason.ERROR, reason, ErrorCode.DEADLINE_EXCEEDED)
+
+    def _compact_deadlines(self) -> None:
+        """Drops the deadlines of requests that have ended: they are not to outnumber the others,
+        however far away they are."""
+        self._deadlines = [
+            (request.deadline, request_id)
+            for request_id, request in self._requests.items()
+            if request.deadline is not None
+        ]
+        heapify(self._deadlines)
 
     def _end(
         self,
@@ -282,27 +305,3 @@ class _InFlight:
 
     sequences: dict[int, Sequence]
     deadline: float | None  # by the engine's clock
-
-
-@dataclass(slots=True)
-class _Times:
-    """Exponential moving averages of steps. The rate of prefill is a ratio of two averages, so
-    that a step with one prompt token weighs as little as it computes."""
-
-    step_seconds: float = 0.0
-    _prefill_tokens: float = 0.0
-    _prefill_seconds: float = 0.0
-
-    _WEIGHT: ClassVar[float] = 0.1
-
-    @property
-    def prefill_rate(self) -> float:
-        return self._prefill_tokens / self._prefill_seconds if self._prefill_seconds else 0.0
-
-    def add(self, seconds: float, prefill_tokens: int) -> None:
-        weight = self._WEIGHT if self.step_seconds else 1.0
-        self.step_seconds += weight * (seconds - self.step_seconds)
-        if prefill_tokens:
-            weight = self._WEIGHT if self._prefill_seconds else 1.0
-            self._prefill_tokens += weight * (prefill_tokens - self._prefill_tokens)
-            self._prefill_seconds += weight * (seconds - self._prefill_seconds)

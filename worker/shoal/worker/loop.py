@@ -33,6 +33,12 @@ class StepEngine(Protocol):
         """Why the engine was given up, or None while it serves."""
         ...
 
+    @property
+    def step_allowance(self) -> float:
+        """Seconds that the newest step takes even on a bad day; 0: not known. Any thread may
+        read it."""
+        ...
+
     def add(self, request: EngineRequest) -> None:
         """Raises InvalidRequest."""
         ...
@@ -124,9 +130,10 @@ class EngineLoop:
             self._commands.append(command)
             self._wake.notify()
 
-    def heartbeat_age(self) -> float:
-        """Seconds since the thread last began a turn. Grows while a step hangs."""
-        return self._clock() - self._beat
+    def stalled(self, seconds: float) -> bool:
+        """Whether the turn in progress takes longer than `seconds` and than its step's size
+        explains: a large step on a slow device is no hang."""
+        return self._clock() - self._beat >= max(seconds, self._engine.step_allowance)
 
     def stop(self, timeout_seconds: float) -> bool:
         """Ends the thread after the step in progress; False if it is not over by then."""

@@ -54,6 +54,7 @@ class InProcessExecutor:
         self._sampler = Sampler(slots, spec.vocab_size, spec.eos_token_ids)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt_len, likeliest)
         self._tainted: set[int] = set()  # blocks that may hold values that are not finite
+        self.warm_up_rate = 0.0  # prompt tokens a second of `warm_up`; 0: there was none
 
     def execute(self, plan: StepPlan) -> StepResult:
         with torch.inference_mode():
@@ -64,6 +65,15 @@ class InProcessExecutor:
             if self._tainted:
                 self._scrub(plan.rows)
             return self._run(plan.rows) if plan.rows else StepResult(())
+
+    def warm_up(self, num_tokens: int, clock: Callable[[], float]) -> None:
+        """A prefill and a decode step on the null block, whose content nobody reads unmasked."""
+        init = SlotInit(0, (0,) * num_tokens, num_tokens, SamplingParams(temperature=0.0), 0, ())
+        started = clock()
+        self.execute(StepPlan(0, (init,), (), (Row(0, 0, num_tokens, sample=True),)))
+        if (seconds := clock() - started) > 0:
+            self.warm_up_rate = num_tokens / seconds
+        self.execute(StepPlan(1, (), (), (Row(0, num_tokens, 1, sample=True),)))
 
     def close(self) -> None:
         self._caches = []
@@ -202,13 +212,6 @@ def create_executor(
     executor = InProcessExecutor(decoder, shape, max_model_len, config.max_num_seqs)
     progress("kv", clock() - started)
     started = clock()
-    _warm_up(executor, min(_WARM_UP_TOKENS, max_model_len - 1))
+    executor.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1), clock)
     progress("warm-up", clock() - started)
     return executor
-
-
-def _warm_up(executor: InProcessExecutor, tokens: int) -> None:
-    """One prefill and one decode step on the null block, whose content nobody reads unmasked."""
-    init = SlotInit(0, (0,) * tokens, tokens, SamplingParams(temperature=0.0), 0, ())
-    executor.execute(StepPlan(0, (init,), (), (Row(0, 0, tokens, sample=True),)))
-    executor.execute(StepPlan(1, (), (), (Row(0, tokens, 1, sample=True),)))

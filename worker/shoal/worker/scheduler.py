@@ -67,7 +67,8 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # these three are sorted by order
         self._prefilling: list[Sequence] = []
         self._decoding: list[Sequence] = []
-        self._free_slots = list(range(min(config.max_num_seqs, self._budget)))[::-1]
+        self.max_running = min(config.max_num_seqs, self._budget)
+        self._free_slots = list(range(self.max_running))[::-1]
         self._waiting_tokens = 0
         self._step = 0
         self._in_step: list[Sequence] = []  # of the plan handed out

@@ -5,7 +5,7 @@
     await server.drain(30.0); await server.stop()
 
 The engine runs in a thread of its own (`shoal.worker.loop`); everything here is on the event
-loop. Health is the age of that thread's heartbeat: "" and the service's name say whether new
+loop. Health is whether that thread moves on: "" and the service's name say whether new
 requests are welcome, "live" whether the process is of any use.
 """
 
@@ -55,7 +55,7 @@ class ListenError(OSError):
 class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 0  # 0: a free one
-    stall_seconds: float = 30.0  # a step that takes longer counts as a hang
+    stall_seconds: float = 30.0  # a step is given at least as long before it counts as a hang
     beat_seconds: float = 1.0  # how often every stream hears of the engine
     health_seconds: float = 0.1  # how often health is looked at
     max_pending_deltas: int = 65_536  # of one slow client: 5 s of 256 sequences at 50 tokens/s
@@ -165,7 +165,7 @@ class EngineServer:
         return (
             self._serving is not None
             and not self.failed.is_set()
-            and self._serving.loop.heartbeat_age() < self._settings.stall_seconds
+            and not self._serving.loop.stalled(self._settings.stall_seconds)
         )
 
     async def serving(self, context: _Context) -> _Serving:

@@ -93,7 +93,7 @@ def load(choice: ModelChoice, config: EngineConfig, phases: Phases) -> Loaded:
         tokenizer = load_tokenizer(files.path)
         sampling = default_sampling(files.path)
     executor = create_executor(files.path, config, phases.over)
-    engine = Engine(executor, config, revision=choice.revision)
+    engine = Engine(executor, config, revision=choice.revision, warm_up_rate=executor.warm_up_rate)
     info = executor.info
     model = engine_pb2.Model(
         name=choice.uri,
@@ -102,7 +102,7 @@ def load(choice: ModelChoice, config: EngineConfig, phases: Phases) -> Loaded:
         max_model_len=engine.max_model_len,
         block_size=executor.block_size,
         num_blocks=executor.num_blocks,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=engine.max_num_seqs,
         vocab_size=info.vocab_size,
         eos_token_ids=info.eos_token_ids,
         bos_token_id=info.bos_token_id,
