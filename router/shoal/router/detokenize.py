@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 _CONTEXT = 6  # prompt tokens that decide how the first generated token is written
 _REPLACEMENT = "\ufffd"
+_PATIENCE = 16  # tokens that may wait for the rest of a character; a character has 4 bytes
 
 
 class Detokenizer(Protocol):
@@ -56,7 +57,9 @@ class Vocabulary:
         """For tokens that follow `prompt_ids`, which decide about a leading space."""
         if self._table is not None and self._shown is not None:
             return _ByteDetokenizer(self._shown if skip_special_tokens else self._table)
-        return _WindowDetokenizer(self._tokenizer, prompt_ids[-_CONTEXT:], skip_special_tokens)
+        skipped = self.special_ids if skip_special_tokens else frozenset[int]()
+        context = [i for i in prompt_ids[-_CONTEXT:] if i not in skipped]
+        return _WindowDetokenizer(self._tokenizer, context, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for; empty for an id that the tokenizer does not know."""
@@ -104,22 +107,30 @@ class _ByteDetokenizer:
 class _WindowDetokenizer:
     """Decodes a window of the last tokens with and without the new ones; the difference is new.
 
-    The window starts where text was last shown, so the decoder sees the token before.
+    The window starts where text was last shown, so the decoder sees the token before. It is
+    bounded: tokens without text never enter it, and what is no character after `_PATIENCE` tokens
+    is shown as broken.
     """
 
-    __slots__ = ("_ids", "_shown", "_skip", "_tokenizer")
+    __slots__ = ("_ids", "_shown", "_skipped", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], skip_special: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int], skipped: frozenset[int]
+    ) -> None:
+        """`skipped`: ids that have no text."""
         self._tokenizer = tokenizer
-        self._skip = skip_special
+        self._skipped = skipped
         self._ids = list(context)
         self._shown = len(self._ids)  # tokens of the window whose text was shown
 
     def feed(self, token_ids: Sequence[int]) -> str:
         parts = []
         for token_id in token_ids:
+            if token_id in self._skipped or self._tokenizer.id_to_token(token_id) is None:
+                continue
             self._ids.append(token_id)
-            parts.append(self._take(final=False))
+            waited = len(self._ids) - self._shown
+            parts.append(self._take(final=waited >= _PATIENCE))
         return "".join(parts)
 
     def flush(self) -> str:
@@ -135,7 +146,7 @@ class _WindowDetokenizer:
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _is_byte_level(description: Mapping[str, Any]) -> bool:

@@ -127,6 +127,34 @@ def _name(byte: int) -> str:
     return chr(byte) if byte in printable else chr(0x100 + others.index(byte))
 
 
+class _Counting:
+    """A tokenizer that counts the ids it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.decoded = 0
+        self._tokenizer = tokenizer
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        self.decoded += len(ids)
+        return self._tokenizer.decode(ids, **options)  # type: ignore[no-any-return]  # no stubs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.parametrize("endless", ["</s>", "<0x80>", None])
+def test_a_token_costs_the_same_however_many_came(endless: str | None) -> None:
+    """Tokens that show nothing (special, half characters, unknown) do not pile up, and the text
+    around them is that of decode."""
+    counting = _Counting(SPM)
+    words = Vocabulary(counting, json.loads(SPM.to_str()), 310)  # type: ignore[arg-type]  # a proxy
+    ids = [SPM.token_to_id(endless) if endless else 309] * 1000
+    ids = [SPM.token_to_id("▁Hello"), *ids, SPM.token_to_id("▁world")]
+    detokenizer = words.detokenizer()
+    assert "".join(detokenizer.feed([i]) for i in ids) + detokenizer.flush() == SPM.decode(ids)
+    assert counting.decoded < 60 * len(ids)
+
+
 def test_ids_beyond_the_tokenizer_are_silent() -> None:
     """A model's vocabulary may be padded: such an id has no text."""
     assert BPE_WORDS.detokenizer().feed([309]) == ""
