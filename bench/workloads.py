@@ -58,9 +58,7 @@ def workloads(seed: int) -> dict[str, Workload]:
         "W1": Workload("W1", (Prompt(tokens(128), 128),), 1, "decode"),
         "W2": Workload(
             "W2",
-            tuple(
-                Prompt(tokens(rng.randint(32, 256)), rng.randint(32, 128)) for _ in range(64)
-            ),
+            tuple(Prompt(tokens(rng.randint(32, 256)), rng.randint(32, 128)) for _ in range(64)),
             32,
             "output",
         ),
