@@ -7,7 +7,7 @@ import pytest
 
 from shoal.worker.config import EngineConfig
 from shoal.worker.host import available_memory, usable_cores
-from shoal.worker.memory import DEFAULT_KV_LIMIT, NotEnoughMemory, plan_memory
+from shoal.worker.memory import DEFAULT_KV_ROOM, NotEnoughMemory, plan_memory
 from shoal.worker.model.precision import choose_precision
 from shoal.worker.model.spec import DecoderSpec, RopeSpec
 
@@ -47,9 +47,12 @@ def test_block_and_weight_bytes_follow_the_formula() -> None:
     assert half.weights == 4 * (matrices + embedding) + 2 * embedding + 4 * norms
 
 
-def test_the_cache_takes_four_gib_at_most_by_default() -> None:
-    """On a large machine; and never more than all sequences at full length can use."""
-    assert plan(EngineConfig()).num_blocks == DEFAULT_KV_LIMIT // BLOCK_BYTES
+def test_without_a_limit_the_room_is_four_gib_at_most() -> None:
+    """On a large machine the cache takes its fraction of 4 GiB; and never more than all sequences
+    at full length can use."""
+    for fraction in (0.25, 0.9, 1.0):
+        found = plan(EngineConfig(kv_cache_memory_fraction=fraction))
+        assert found.num_blocks == int(fraction * DEFAULT_KV_ROOM) // BLOCK_BYTES
     assert plan(EngineConfig(max_num_seqs=4)).num_blocks == 4 * 2048 // 16 + 1
 
 
@@ -60,10 +63,14 @@ def test_a_fraction_of_a_small_machine() -> None:
     assert found.num_blocks == int(0.5 * (2 * GIB - rest)) // BLOCK_BYTES
 
 
-def test_a_limit_bounds_the_whole_process() -> None:
-    """Everything together, the runtime included, stays under memory_limit_bytes."""
-    found = plan(EngineConfig(memory_limit_bytes=2 * GIB))
-    assert 2 * GIB - BLOCK_BYTES < found.total <= 2 * GIB
+@pytest.mark.parametrize("fraction", [0.1, 0.9, 1.0])
+def test_a_limit_bounds_the_whole_process(fraction: float) -> None:
+    """The cache takes its fraction of what the limit leaves beside everything else, the runtime
+    included; all together stay under memory_limit_bytes."""
+    found = plan(EngineConfig(memory_limit_bytes=2 * GIB, kv_cache_memory_fraction=fraction))
+    room = 2 * GIB - (found.total - found.kv_cache)
+    assert found.num_blocks == int(fraction * room) // BLOCK_BYTES
+    assert found.total <= 2 * GIB
 
 
 def test_blocks_by_number_win() -> None:

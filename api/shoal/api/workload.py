@@ -109,7 +109,7 @@ class EngineSpec(ApiModel):
 
     max_model_len: int | None = Field(
         default=None,
-        ge=1,
+        ge=2,
         le=16_777_216,
         description="Prompt and generated tokens of one request together, at most. "
         "Default: what the model was trained for, at most 8192.",
@@ -134,14 +134,17 @@ class EngineSpec(ApiModel):
         default=0.9,
         gt=0,
         le=1.0,
-        description="Share of the memory left beside the weights that the KV cache takes.",
+        description="Share of its room that the KV cache takes. The room is what resources.memory "
+        "leaves beside everything else; without resources.memory, what the machine has available "
+        "beside everything else, at most 4 GiB.",
     )
     kv_cache_blocks: int | None = Field(
         default=None,
         ge=2,
         le=16_777_216,
-        description="Number of KV cache blocks. "
-        "Default: as many as kvCacheMemoryFraction has room for.",
+        description="Number of KV cache blocks; kvCacheMemoryFraction has no effect beside it. "
+        "Default: as many as kvCacheMemoryFraction has room for. Never more than maxNumSeqs "
+        "sequences of maxModelLen tokens need.",
     )
     enable_prefix_caching: bool = Field(
         default=True, description="Keep computed KV blocks and reuse them for equal prefixes."

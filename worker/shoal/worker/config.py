@@ -1,7 +1,8 @@
 """Engine settings: one dataclass, filled from flags, from `LLM(...)` or from a pod's arguments.
 
-Every field is a key of `spec.engine` (camelCase there) and a flag of `shoal serve` and
-`python -m shoal.worker` (kebab-case there).
+Every field is a flag of `python -m shoal.worker` (kebab-case there). All but `memory_limit_bytes`,
+which is `spec.resources.memory`, are keys of `spec.engine` (camelCase there) and flags of
+`shoal serve`.
 """
 
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_batched_tokens: int = 2048  # a step's token budget
     block_size: int = 16
-    kv_cache_memory_fraction: float = 0.9
+    kv_cache_memory_fraction: float = 0.9  # of the room for the KV cache: see shoal.worker.memory
     kv_cache_blocks: int | None = None  # None: as many as the memory fraction holds
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32
     enable_prefix_caching: bool = True
     max_prefill_tokens: int | None = None  # of one request in one step; None: half the budget
     threads: int | None = None  # of the CPU backend; None: the cores this process may use
-    memory_limit_bytes: int | None = None  # of the process on a CPU; None: see shoal.worker.memory
+    memory_limit_bytes: int | None = None  # of the process on a CPU; None: what is available

@@ -8,7 +8,7 @@ from shoal.worker.model.loader import expected_shapes
 from shoal.worker.model.precision import Precision
 from shoal.worker.model.spec import DecoderSpec
 
-DEFAULT_KV_LIMIT = 4 << 30
+DEFAULT_KV_ROOM = 4 << 30
 _MIB = 1 << 20
 _MIN_BLOCKS = 2  # the null block and one to use
 SAMPLER_COPIES = 4  # float32 copies of the logits that sampling holds at once, at most
@@ -59,10 +59,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Decides the number of KV blocks.
 
-    `config.kv_cache_blocks` decides alone where it is set. Else the cache takes what
-    `memory_limit_bytes` leaves after everything else or, without a limit, the memory fraction of
-    what is `available` now after everything else, 4 GiB at most. It is never larger than
-    max_num_seqs sequences of max_model_len need. Raises NotEnoughMemory if no block fits.
+    `config.kv_cache_blocks` decides alone where it is set. Else the cache takes
+    `kv_cache_memory_fraction` of its room: what `memory_limit_bytes` leaves after everything
+    else or, without a limit, what is `available` now after everything else, at most 4 GiB. It is
+    never larger than max_num_seqs sequences of max_model_len need. Raises NotEnoughMemory if no
+    block fits.
     """
     per_sequence = -(-max_model_len // config.block_size)
     block_bytes = (
@@ -86,13 +87,14 @@ def plan_memory(
     if config.kv_cache_blocks is not None:
         blocks = config.kv_cache_blocks
         source = f"kv_cache_blocks is {config.kv_cache_blocks}"
-    elif config.memory_limit_bytes is not None:
-        blocks = (config.memory_limit_bytes - fixed.total) // block_bytes
-        source = f"memory_limit_bytes is {config.memory_limit_bytes}"
     else:
-        left = config.kv_cache_memory_fraction * (available - (fixed.total - resident))
-        blocks = min(DEFAULT_KV_LIMIT, int(left)) // block_bytes
-        source = f"{available // _MIB} MiB are available"
+        if config.memory_limit_bytes is not None:
+            room = config.memory_limit_bytes - fixed.total
+            source = f"memory_limit_bytes is {config.memory_limit_bytes}"
+        else:
+            room = min(DEFAULT_KV_ROOM, available - (fixed.total - resident))
+            source = f"{available // _MIB} MiB are available"
+        blocks = int(config.kv_cache_memory_fraction * room) // block_bytes
     plan = MemoryPlan(
         fixed.runtime,
         fixed.weights,
