@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from shoal.api.routes import RouteTable
 from shoal.api.v1 import engine_pb2
+from shoal.router import refusals
 from shoal.router.dispatch import Dispatcher, DispatchSettings
 from shoal.router.generation import Generation, GenerationError, GenerationRequest
 from shoal.router.metrics import RouterCollector
@@ -190,12 +191,8 @@ class RouterCore:
         table, dispatcher, texts = service.table, service.dispatcher, service.texts
         if service.queued >= table.max_queued:
             dispatcher.stats.refused("queue_full", 429)
-            raise GenerationError(
-                429,
-                "queue_full",
-                f"{table.service} has {service.queued} requests waiting, "
-                f"and its limit (maxQueued) is {table.max_queued}",
-                retry_after=dispatcher.retry_after(),
+            raise refusals.queue_full(
+                table.service, service.queued, table.max_queued, dispatcher.retry_after()
             )
         try:
             async with asyncio.timeout(limit):
@@ -208,9 +205,4 @@ class RouterCore:
                     await texts.news()
         except TimeoutError:
             dispatcher.stats.refused("no_replica", 503)
-            raise GenerationError(
-                503,
-                "no_replica",
-                f"{table.service} has no replica that is ready; the request waited {limit:g} s",
-                retry_after=dispatcher.retry_after(),
-            ) from None
+            raise refusals.no_replica(table.service, limit, dispatcher.retry_after()) from None

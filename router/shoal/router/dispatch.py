@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from shoal.api.routes import RouteTable
 from shoal.api.v1 import engine_pb2
+from shoal.router import refusals
 from shoal.router.generation import Generation, GenerationError, GenerationRequest, Output
 from shoal.router.load import ServiceStats
 from shoal.router.pick import share_of
@@ -111,12 +112,7 @@ class Dispatcher:
         revision = request.revision
         if revision is not None and all(r.revision != revision for r in self.table.endpoints):
             self.stats.refused("revision", 404)
-            raise GenerationError(
-                404,
-                "revision_not_found",
-                f"no replica of {self.table.service} has revision {revision!r}",
-                field="revision",
-            )
+            raise refusals.no_revision(self.table.service, revision)
         if not request.sampling.HasField("seed"):
             request.sampling.seed = self._rng.getrandbits(63)
         generation = Generation(request, self, now)
@@ -132,12 +128,8 @@ class Dispatcher:
             return generation
         if len(self.queue) >= self.table.max_queued:
             self.stats.refused("queue_full", 429)
-            raise GenerationError(
-                429,
-                "queue_full",
-                f"{self.table.service} has {len(self.queue)} requests waiting, "
-                f"and its limit (maxQueued) is {self.table.max_queued}",
-                retry_after=self.retry_after(),
+            raise refusals.queue_full(
+                self.table.service, len(self.queue), self.table.max_queued, self.retry_after()
             )
         self.stats.open += 1
         self._enqueue(piece, now)
@@ -376,16 +368,12 @@ class Dispatcher:
         self.stats.ended(generation.revision, status, now - generation.arrived_at, now)
 
     def _expired(self, generation: Generation, waited: float) -> GenerationError:
-        service, timeout = self.table.service, generation.request.timeout_seconds
+        table, timeout = self.table, generation.request.timeout_seconds
         if timeout is not None and waited >= timeout:
-            message = f"the request waited {waited:.1f} s for {service}; its timeout is {timeout} s"
-            return GenerationError(408, "timeout", message, retry_after=self.retry_after())
-        limit = self.table.queue_timeout_seconds
-        if any(replica.available for replica in self.replicas.values()):
-            message = f"{service} is busy: no replica had room within {limit:g} s"
-            return GenerationError(429, "queue_timeout", message, retry_after=self.retry_after())
-        message = f"{service} has no replica that is ready; the request waited {limit:g} s for one"
-        return GenerationError(503, "no_replica", message, retry_after=self.retry_after())
+            return refusals.timed_out(table.service, waited, timeout, self.retry_after())
+        available = any(replica.available for replica in self.replicas.values())
+        refusal = refusals.no_room if available else refusals.no_replica
+        return refusal(table.service, table.queue_timeout_seconds, self.retry_after())
 
     def _reconsider(self) -> None:
         """Replicas may have come or gone: shares what waits anew, and sends what can go."""
