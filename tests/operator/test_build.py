@@ -141,6 +141,7 @@ def test_the_worker_understands_every_flag(service):
     "section, field",
     [
         ({"model": {"uri": "s3://bucket/model"}}, "spec.model.uri=s3://bucket/model"),
+        ({"model": {"uri": "file:///m", "revision": "v1"}}, "spec.model.revision=v1"),
         (
             {"model": {"uri": URI, "adapters": [{"name": "a", "uri": "hf://a/b"}]}},
             "spec.model.adapters",

@@ -178,6 +178,8 @@ def test_local_paths(tmp_path: Path) -> None:
         ("py://tiny-model", "--pre", "not a revision"),
         ("py://tiny-model", "../../up", "not a revision"),
         ("file://relative.gguf", None, "three slashes"),
+        ("file:///models/m.gguf", "v1", "'v1' is asked for; only py:// and hf:// have"),
+        ("/models/m.gguf", "v1", "'v1' is asked for; only py:// and hf:// have"),
         ("file://elsewhere/m.gguf", None, "three slashes"),
         ("/no/such/model", None, "no such file or directory: /no/such/model"),
         (__file__, None, r"must be a \.gguf"),

@@ -76,7 +76,7 @@ class ModelSpec(ApiModel):
     revision: str | None = Field(
         default=None,
         max_length=256,
-        description="Branch, tag or commit for hf://, version for py://. "
+        description="Branch, tag or commit for hf://, version for py://; a file has none. "
         "Default: the source's newest.",
     )
     name: ModelId | None = Field(

@@ -41,6 +41,8 @@ def _fields(spec: InferenceServiceSpec) -> Iterator[str]:
     scheme, separator, _ = spec.model.uri.partition("://")
     if separator and scheme not in MODEL_SCHEMES:
         yield f"spec.model.uri={spec.model.uri} (schemes: {', '.join(MODEL_SCHEMES)})"
+    if spec.model.revision is not None and (not separator or scheme == "file"):
+        yield f"spec.model.revision={spec.model.revision} (only py:// and hf:// have revisions)"
     if spec.engine.quantization not in _QUANTIZATION:
         yield f"spec.engine.quantization={spec.engine.quantization}"
     if spec.parallelism.executor not in _EXECUTORS:

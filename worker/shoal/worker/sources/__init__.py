@@ -44,7 +44,8 @@ def resolve(
     """The model's files on this machine, downloaded first where need be.
 
     `uri` is py://, file://, hf:// or a plain path. `revision` is the package version for py://
-    and a branch, tag or commit for hf://; "" counts as none. Raises SourceError.
+    and a branch, tag or commit for hf://, and refused for files; "" counts as none. Raises
+    SourceError.
     """
     match = _URI.fullmatch(uri)
     scheme, location = (match["scheme"].lower(), match["location"]) if match else ("", uri)

@@ -22,6 +22,11 @@ def fetch_file_uri(fetch: Fetch) -> ModelFiles:
 
 
 def _found(path: Path, fetch: Fetch) -> ModelFiles:
+    if fetch.revision is not None:
+        raise SourceError(
+            f"{fetch.uri}: a file has no revision, but {fetch.revision!r} is asked for; only py://"
+            " and hf:// have revisions"
+        )
     path = path.absolute()
     if path.is_file():
         if path.suffix != ".gguf":
