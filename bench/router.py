@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -40,7 +41,19 @@ from shoal.worker.sources import resolve
 from shoal.worker.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "this", "are", "or", "his", "from", "at", "which", "but", "have", "an", "had", "they", "you", "were", "their", "one", "all", "we", "can", "her", "has", "there", "been", "if", "more", "when", "will", "would", "who", "so", "no", "out", "up", "into", "them", "then", "she", "some", "could", "time", "these", "two", "may", "other", "its", "new", "people", "water", "over", "such", "only", "your", "our", "like", "first", "any", "work", "must", "through", "years", "before", "much", "where", "good", "after", "because", "place", "right", "old", "same", "another", "three", "small", "every", "found", "still", "between", "name", "should", "home", "never", "world", "under", "read", "last", "school", "keep", "city", "tree", "farm", "hard", "start", "story", "saw", "far", "sea", "draw", "left", "late", "run", "while", "press", "close", "night", "real", "life", "few", "north", "open", "seem", "together", "next", "white", "children"]
+WORDS = re.findall(
+    r"\w+",
+    """
+    the of and to in a is that for it as was with be by on not he this are or his from at which
+    but have an had they you were their one all we can her has there been if more when will
+    would who so no out up into them then she some could time these two may other its new
+    people water over such only your our like first any work must through years before much
+    where good after because place right old same another three small every found still between
+    name should home never world under read last school keep city tree farm hard start story
+    saw far sea draw left late run while press close night real life few north open seem
+    together next white children
+    """,
+)
 
 
 @dataclass

@@ -190,9 +190,10 @@ class StreamHub:
             stream.changed(load)
 
     def die(self, reason: str) -> None:
-        """The engine is gone: every request ends, and new ones are refused."""
+        """The engine is gone: every request ends, and new ones are refused. One of those that
+        were in it may be the cause, so they do not count as merely refused."""
         self._dead = reason
-        error = engine_pb2.Error(code=engine_pb2.Error.UNAVAILABLE, message=reason)
+        error = engine_pb2.Error(code=engine_pb2.Error.INTERNAL, message=reason)
         for stream in self._streams.values():
             for own_id in stream.request_ids:
                 stream.fail(own_id, error)
