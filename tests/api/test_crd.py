@@ -117,6 +117,7 @@ def test_examples_are_right_for_parser_and_editor(path: Path) -> None:
         {"model": {"uri": "hf://a"}, "engine": {"dtype": "bf16"}},
         {"model": {"uri": "hf://a"}, "resources": {"memory": "2GB"}},
         {"model": {"uri": "hf://a"}, "engine": {"kvCacheMemoryFraction": 0}},
+        {"model": {"uri": "hf://a"}, "engine": {"maxModelLen": 1}},
         {"model": {"uri": "hf://a", "aliases": ["x", "x"]}},
     ],
 )

@@ -1,11 +1,13 @@
 """Requests that are wrong are refused with field, value and limit; right ones pass."""
 
+import argparse
 import math
 from dataclasses import replace
 
 import pytest
 
 from shoal.worker.config import EngineConfig
+from shoal.worker.flags import add_engine_flags, engine_config
 from shoal.worker.request import EngineRequest, InvalidRequest, SamplingParams
 from shoal.worker.validate import check_config, validate_request, validate_sampling
 
@@ -158,3 +160,16 @@ def test_settings_that_serve_nobody_are_refused(setting: str, low: int) -> None:
     with pytest.raises(ValueError, match=f"{setting} must be at least {low}, got {low - 1}"):
         check_config(replace(EngineConfig(), **{setting: low - 1}))
     check_config(replace(EngineConfig(), **{setting: low}))
+
+
+def test_a_flag_below_its_least_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a model is loaded that nobody could ask anything: the flag, its limit, its value."""
+    parser = argparse.ArgumentParser()
+    add_engine_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--max-model-len", "1"])
+    assert "--max-model-len: must be at least 2, got 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--max-num-seqs", "many"])
+    assert "--max-num-seqs: invalid integer value: 'many'" in capsys.readouterr().err
+    assert engine_config(parser.parse_args(["--max-model-len", "2"])).max_model_len == 2

@@ -2,10 +2,12 @@
 
 import argparse
 import types
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from shoal.worker.config import EngineConfig
+from shoal.worker.validate import LEAST
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         else:
             group.add_argument(
                 flag,
-                type=kind,
+                type=_at_least(LEAST[field.name]) if field.name in LEAST else kind,
                 default=field.default,
                 metavar={int: "N", float: "X"}.get(kind, "NAME"),
                 help=f"default: {default}",
@@ -36,6 +38,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The settings that the parsed flags say."""
     return EngineConfig(**{field.name: getattr(args, field.name) for field in fields(EngineConfig)})
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    """Reads an integer that is not below `low`."""
+
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    return integer
 
 
 def _plain(hint: Any) -> Any:

@@ -2,7 +2,9 @@
 the wire (`sampling.top_p`)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Final
 
 from shoal.worker.config import EngineConfig
 from shoal.worker.request import EngineRequest, InvalidRequest, SamplingParams
@@ -13,15 +15,23 @@ MAX_REPETITION_PENALTY = 100.0
 MAX_LOGIT_BIAS = 100.0
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+# Of engine settings, below which no request could be served.
+LEAST: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        "max_num_seqs": 1,
+        "max_batched_tokens": 1,
+        "max_prefill_tokens": 1,
+        "max_model_len": 2,  # a prompt token and a generated one
+    }
+)
 _MIN_SEED, _MAX_SEED = -(1 << 63), (1 << 64) - 1  # either way of reading 64 bits
 _MAX_INT32 = (1 << 31) - 1
 
 
 def check_config(config: EngineConfig) -> None:
     """Raises ValueError for engine settings that no request could be served with."""
-    for name in ("max_num_seqs", "max_batched_tokens", "max_prefill_tokens", "max_model_len"):
+    for name, low in LEAST.items():
         value = getattr(config, name)
-        low = 2 if name == "max_model_len" else 1  # a prompt token and a generated one
         if value is not None and value < low:
             raise ValueError(f"{name} must be at least {low}, got {value}")
 
