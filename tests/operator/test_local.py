@@ -1,17 +1,20 @@
 """The local applier with real processes: fake workers, a fake router, the real supervisor."""
 
 import asyncio
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import psutil
 import pytest
 
+from shoal.operator.local import files
 from shoal.operator.local.pods import end_leftovers
 from shoal.operator.local.records import PodRecord
 from shoal.operator.local.settings import PortTaken
@@ -283,5 +286,64 @@ def test_sigterm_ends_in_order_and_a_second_signal_at_once(machine, local_servic
             process.send_signal(signal.SIGINT)
             assert await asyncio.to_thread(process.wait, PATIENCE) == 130
             assert not any(map(alive, pids))
+
+    asyncio.run(story())
+
+
+def test_a_full_disk_ends_nothing(machine, local_service, monkeypatch):
+    """While no file can be written pods are still restarted; it is told once and caught up."""
+    machine.settings = replace(machine.settings, house_seconds=0.1)
+    write_text, full = files.write_text, []
+
+    def write(path, text):
+        if full and files.read_text(path) != text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{path}-{time.monotonic()}")
+        return write_text(path, text)
+
+    monkeypatch.setattr(files, "write_text", write)
+
+    async def story():
+        machine.store.apply(local_service())
+        async with machine.running():
+            await machine.until_condition("chat", "Ready")
+            ((name, before),) = workers(machine).items()
+            full.append(True)
+            os.kill(before.pid, signal.SIGKILL)
+            ready = [u for u in machine.updates if "ready after" in u.message]
+            await machine.until(
+                lambda: sum("ready after" in u.message for u in machine.updates) > len(ready),
+                "the next process of the pod",
+            )
+            assert workers(machine)[name].pid == before.pid, "nothing could be written"
+            await asyncio.sleep(0.5)
+            record = [u for u in machine.updates if f"record of {name}" in u.message]
+            assert len(record) == 1 and "No space left" in record[0].message
+            full.clear()
+            await machine.until(
+                lambda: (r := workers(machine)[name]).ready and r.restarts == 1, "the record"
+            )
+            machine.store.scale("chat", 2)
+            await machine.until_condition("chat", "Ready")
+
+    asyncio.run(story())
+
+
+def test_what_runs_meanwhile_has_the_store_alone(machine, local_service):
+    """It is entered by nobody who may not serve, and left when the run ends."""
+    entered = []
+
+    @contextmanager
+    def meanwhile():
+        entered.append(machine.store.supervisor())
+        yield
+
+    async def story():
+        async with machine.running():
+            await machine.until(lambda: machine.store.supervisor(), "the first")
+            with pytest.raises(SupervisorRuns):
+                await supervise(
+                    machine.store, machine.settings, on_update=print, meanwhile=meanwhile()
+                )
+        assert entered == []
 
     asyncio.run(story())

@@ -9,7 +9,13 @@ from shoal.api.routes import RouteTable
 from shoal.api.types import InvalidManifest
 from shoal.operator.local import files
 from shoal.operator.local.records import PodRecord, SupervisorInfo
-from shoal.operator.local.store import Store, SupervisorRuns, UnknownService, default_root
+from shoal.operator.local.store import (
+    Store,
+    SupervisorRuns,
+    UnknownService,
+    default_root,
+    written_document,
+)
 
 INFO = SupervisorInfo(4711, "http://127.0.0.1:8000", "127.0.0.1:8001", 1.0)
 
@@ -145,6 +151,28 @@ def test_broken_documents_are_told_apart(store, service):
     assert set(good) == {"chat"}
     assert set(wrong) == {"bad", "other"}
     assert "other" in wrong["other"]
+
+
+def test_a_name_stands_for_one_service(store, service):
+    """Another namespace's service of that name is refused by field and value, not overwritten."""
+    store.apply(service())
+    document = written_document(service(replicas=3))
+    document["metadata"]["namespace"] = "team-b"
+    with pytest.raises(InvalidManifest, match=r"metadata\.namespace: team-b"):
+        store.apply(document)
+    assert store.get("chat").metadata.namespace == "default"
+    assert store.get("chat").spec.replicas == 1
+
+
+def test_a_document_may_vanish_while_it_is_looked_at(store, service, monkeypatch):
+    """Between the listing and the reading of a folder a file may go: it is passed over."""
+    store.apply(service())
+    path = store.root / "services" / "gone.yaml"
+    listed = [store.root / "services" / "chat.yaml", path]
+    monkeypatch.setattr(files, "documents", lambda folder, suffix: listed)
+    assert [s.name for s in store.services()] == ["chat"]
+    assert list(store.read_services()[0]) == ["chat"]
+    assert store.get("gone") is None
 
 
 def test_the_lock_says_who_serves(store):

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 
 from shoal.api.names import ENV_LIFELINE
 
@@ -23,7 +24,8 @@ def watch_lifeline(environ: Mapping[str, str] = os.environ) -> None:
     def wait() -> None:
         while os.read(0, 4096):
             pass
-        print("the supervisor is gone, ending", file=sys.stderr, flush=True)
+        with suppress(OSError, ValueError):  # standard error may be gone with the supervisor
+            print("the supervisor is gone, ending", file=sys.stderr, flush=True)
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(3)

@@ -1,7 +1,7 @@
 """Labels, ports and environment names: where operator, worker, router and people meet.
 
 Labels identify a pod's place in the plan; they never hold state. The revision is the hash of
-everything that changes a worker (see `shoal.operator.build`), so two pods of one revision are
+everything that changes a worker (see `shoal.operator.revision`), so two pods of one revision are
 interchangeable.
 """
 
@@ -37,7 +37,6 @@ ENV_PORT: Final = "SHOAL_PORT"  # the engine's gRPC port, or the router's HTTP p
 ENV_METRICS_PORT: Final = "SHOAL_METRICS_PORT"
 ENV_GRPC_PORT: Final = "SHOAL_GRPC_PORT"  # the router's gRPC port
 ENV_POD_NAME: Final = "SHOAL_POD_NAME"
-ENV_SERVICE: Final = "SHOAL_SERVICE"
 ENV_REVISION: Final = "SHOAL_REVISION"
 ENV_CACHE_DIR: Final = "SHOAL_CACHE_DIR"  # downloaded models
 ENV_LIFELINE: Final = "SHOAL_LIFELINE"  # "stdin": end when standard input ends (see lifeline)

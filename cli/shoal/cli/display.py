@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.startup import Startup, StartupLogs
-from shoal.cli.view import condition_of, pod_status, service_cells, service_documents
+from shoal.cli.view import condition_of, pod_status, service_cells, service_document
 
 if TYPE_CHECKING:
     from shoal.operator.local.records import PodRecord
@@ -93,7 +93,10 @@ class Watcher:
             for pod in pods
             if pod.name in self._startup and not pod.ready and pod.phase == "Running"
         }
-        return Snapshot(service_documents(self._store), pods, startup, news)
+        # Of a document that does not parse the supervisor tells; the others are shown.
+        good, _ = self._store.read_services()
+        documents = [service_document(self._store, service) for service in good.values()]
+        return Snapshot(documents, pods, startup, news)
 
     def newly_ready(self, snapshot: Snapshot) -> Iterator[Mapping[str, Any]]:
         """Services that are ready for the first time."""

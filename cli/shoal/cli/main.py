@@ -101,9 +101,10 @@ def _explained(error: Exception) -> CliError:
 def _expected_errors() -> tuple[type[Exception], ...]:
     """Errors of the rooms below whose message is a sentence for the user."""
     from shoal.api.types import InvalidManifest
+    from shoal.operator.local.settings import NotAnAddress, PortTaken
     from shoal.operator.local.store import SupervisorRuns, UnknownService
 
-    return InvalidManifest, SupervisorRuns, UnknownService
+    return InvalidManifest, NotAnAddress, PortTaken, SupervisorRuns, UnknownService
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

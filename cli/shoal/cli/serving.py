@@ -74,39 +74,57 @@ def run(
 ) -> None:
     """Serves `services` and what is in the store already until a signal; ends the process.
 
-    `watched` are file names to apply again when they change. When the supervisor stops, the
-    store forgets its services, so the next run serves only what it is given.
+    `watched` are file names to apply again when they change. Services that this run created
+    leave the store with it; those that `shoal apply` put there stay.
     """
     from shoal.cli.display import make_display
-    from shoal.operator.local.settings import PortTaken, SupervisorSettings
-    from shoal.operator.local.store import SupervisorRuns
+    from shoal.operator.local.settings import SupervisorSettings
 
     watch_lifeline()
     refuse_if_hopeless(services)
-    running = store.supervisor()
-    if running is not None:
-        raise CliError(f"{SupervisorRuns(store.root, running)}\nOr add to it: shoal apply -f FILE")
-    given = {service.metadata.name for service in services}
-    left = [s.metadata.name for s in store.services() if s.metadata.name not in given]
-    display = make_display(store, tty=sys.stdout.isatty())
-    for name in left:
-        display.note(f"{name}: in the state directory from before, served too")
-    for service in services:
-        store.apply(service)
     settings = SupervisorSettings(host=at.host, http_port=at.port, grpc_port=at.grpc_port)
-    try:
-        with display:
-            code = asyncio.run(_supervise(store, settings, display, watched, given))
-    except SupervisorRuns:
-        raise
-    except PortTaken as error:
-        store.forget_services()
-        raise CliError(str(error)) from error
-    except BaseException:
-        store.forget_services()
-        raise
-    store.forget_services()
+    with make_display(store, tty=sys.stdout.isatty()) as display:
+        given = Given(store, services, display.note)
+        code = asyncio.run(_supervise(store, settings, display, given, watched))
     click.get_current_context().exit(code)
+
+
+class Given:
+    """The services of the command line: in the store while entered, unless they were before."""
+
+    def __init__(
+        self, store: "Store", services: Sequence["InferenceService"], note: Callable[[str], None]
+    ) -> None:
+        self._store = store
+        self._services = services
+        self._note = note
+        self._created: set[str] = set()
+
+    def __enter__(self) -> None:
+        given = {service.name for service in self._services}
+        for name in self._store.read_services()[0].keys() - given:
+            self._note(f"{name}: in the state directory from before, served too")
+        for service in self._services:
+            self._apply(service)
+
+    def __exit__(self, *error: object) -> None:
+        for name in self._created:
+            self._store.delete(name)
+
+    def change(self, services: Sequence["InferenceService"]) -> None:
+        """They are these now: applied, and those that are no longer among them deleted."""
+        for service in services:
+            self._note(f"{service.name}: {self._apply(service)}")
+        for name in {old.name for old in self._services} - {new.name for new in services}:
+            self._store.delete(name)
+            self._note(f"{name}: no longer in the files, deleted")
+        self._services = services
+
+    def _apply(self, service: "InferenceService") -> str:
+        result = self._store.apply(service)
+        if result == "created":
+            self._created.add(service.name)
+        return result
 
 
 def refuse_if_hopeless(services: Sequence["InferenceService"]) -> None:
@@ -124,38 +142,41 @@ async def _supervise(
     store: "Store",
     settings: "SupervisorSettings",
     display: "Display",
+    given: Given,
     watched: Sequence[str],
-    names: set[str],
 ) -> int:
     from shoal.operator.local.supervisor import supervise
 
     beside = [asyncio.create_task(_refresh(display))]
     if watched:
-        beside.append(asyncio.create_task(_apply_edits(store, watched, names, display)))
+        beside.append(asyncio.create_task(_apply_edits(given, watched, display)))
     try:
-        return await supervise(store, settings, on_update=display.update)
+        return await supervise(store, settings, on_update=display.update, meanwhile=given)
     finally:
         for task in beside:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-        display.refresh()
+        _show(display)
 
 
 async def _refresh(display: "Display") -> None:
     while True:
-        display.refresh()
+        _show(display)
         await asyncio.sleep(_REFRESH_SECONDS)
 
 
-async def _apply_edits(
-    store: "Store", watched: Sequence[str], names: set[str], display: "Display"
-) -> None:
-    """Applies the files whenever they change; a service that leaves them is deleted. `names`
-    are those that were in them.
+def _show(display: "Display") -> None:
+    with suppress(OSError):  # nobody reads (a closed pipe), or a file changes: another look helps
+        display.refresh()
+
+
+async def _apply_edits(given: Given, watched: Sequence[str], display: "Display") -> None:
+    """Applies the files whenever they change; a service that leaves them is deleted.
 
     A file with a mistake changes nothing: the problems are shown, the last good state stays.
     """
+    from shoal.api.types import InvalidManifest
     from shoal.cli.manifests import load
 
     signature = _signature(watched)
@@ -167,23 +188,22 @@ async def _apply_edits(
         signature = current
         try:
             services = load(watched)
-        except CliError as error:
-            display.note(f"{error.message}\nNothing is changed.")
+        except (CliError, OSError) as error:
+            display.note(f"{error}\nNothing is changed.")
             continue
-        for service in services:
-            display.note(f"{service.metadata.name}: {store.apply(service)}")
-        for name in names - {service.metadata.name for service in services}:
-            store.delete(name)
-            display.note(f"{name}: no longer in the files, deleted")
-        names = {service.metadata.name for service in services}
+        try:
+            given.change(services)
+        except (InvalidManifest, OSError) as error:
+            display.note(f"{error}\nSave the file again once that is mended.")
 
 
 def _signature(watched: Sequence[str]) -> list[tuple[str, int, int]]:
     from shoal.cli.manifests import watched_paths
 
     found = []
-    for path in watched_paths(watched):
-        with suppress(FileNotFoundError):
-            stat = path.stat()
-            found.append((str(path), stat.st_mtime_ns, stat.st_size))
+    with suppress(FileNotFoundError):  # a folder; `load` says so
+        for path in watched_paths(watched):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                found.append((str(path), stat.st_mtime_ns, stat.st_size))
     return found

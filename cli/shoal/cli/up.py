@@ -31,6 +31,6 @@ def command(
     from shoal.cli.manifests import load
 
     services = load(filenames)
-    if not filenames and not store.services():
+    if not filenames and not store.services_signature():
         raise UsageError("no service to serve; name a file: shoal up -f service.yaml")
     run(store, services, ServeAt(host, port, grpc_port), watched=filenames if watch else ())

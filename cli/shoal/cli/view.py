@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.cli.output import format_age
 
 if TYPE_CHECKING:
+    from shoal.api.types import InferenceService
     from shoal.operator.local.records import PodRecord
     from shoal.operator.local.store import Store
 
@@ -25,15 +26,15 @@ POD_COLUMNS_WIDE = (*POD_COLUMNS, "service", "role", "revision", "pid", "address
 
 def service_documents(store: "Store", name: str | None = None) -> list[dict[str, Any]]:
     """Services with their status, by name; one of them if asked for. [] where there is none."""
+    services = store.services() if name is None else [store.get(name)]
+    return [service_document(store, service) for service in services if service is not None]
+
+
+def service_document(store: "Store", service: "InferenceService") -> dict[str, Any]:
+    """One service with its status."""
     from shoal.api.types import to_document
 
-    services = store.services() if name is None else [store.get(name)]
-    documents = []
-    for service in services:
-        if service is not None:
-            status = store.status(service.metadata.name) or {}
-            documents.append({**to_document(service), "status": status})
-    return documents
+    return {**to_document(service), "status": store.status(service.name) or {}}
 
 
 def service_cells(document: Document, now: float, *, wide: bool = False) -> list[str]:

@@ -14,7 +14,6 @@ from shoal.api.names import (
     ENV_POD_NAME,
     ENV_PORT,
     ENV_REVISION,
-    ENV_SERVICE,
     LABEL_COMPONENT,
     LABEL_MANAGED_BY,
     LABEL_REPLICA,
@@ -27,7 +26,7 @@ from shoal.api.names import (
     ROLE_LEADER,
 )
 from shoal.api.quantity import to_bytes, to_cores
-from shoal.api.types import EngineSpec, InferenceServiceSpec
+from shoal.api.types import EngineSpec, InferenceService, InferenceServiceSpec
 from shoal.operator.revision import Revision
 
 WORKER_COMMAND: Final = ("python", "-m", "shoal.worker")
@@ -52,7 +51,6 @@ class PodDefaults:
     """What the operator's own configuration says about every pod."""
 
     image: str = "shoal-worker"
-    namespace: str = "default"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +74,13 @@ def selector(service: str) -> str:
 
 
 def build_pod(
-    service: str, revision: Revision, replica: int, drain_seconds: int, defaults: PodDefaults
+    service: InferenceService, revision: Revision, replica: int, defaults: PodDefaults
 ) -> Pod:
-    """The pod of replica `replica` (from 0) of a revision."""
-    name = pod_name(service, revision.name, replica)
+    """The pod of replica `replica` (from 0) of a revision, which need not be the present one."""
+    drain_seconds = service.spec.rollout.drain_seconds
+    name = pod_name(service.name, revision.name, replica)
     labels = {
-        LABEL_SERVICE: service,
+        LABEL_SERVICE: service.name,
         LABEL_REVISION: revision.name,
         LABEL_REPLICA: str(replica),
         LABEL_ROLE: ROLE_LEADER,
@@ -91,11 +90,11 @@ def build_pod(
     manifest = {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": defaults.namespace, "labels": labels},
+        "metadata": {"name": name, "namespace": service.metadata.namespace, "labels": labels},
         "spec": {
             "restartPolicy": "Always",
             "terminationGracePeriodSeconds": drain_seconds + STOP_MARGIN_SECONDS,
-            "containers": [_container(name, service, revision, drain_seconds, defaults)],
+            "containers": [_container(name, revision, drain_seconds, defaults)],
         },
     }
     return Pod(name, revision.name, replica, manifest)
@@ -116,14 +115,13 @@ def worker_args(spec: InferenceServiceSpec, drain_seconds: int) -> list[str]:
 
 
 def _container(
-    pod: str, service: str, revision: Revision, drain_seconds: int, defaults: PodDefaults
+    pod: str, revision: Revision, drain_seconds: int, defaults: PodDefaults
 ) -> dict[str, Any]:
     environment = {
         ENV_HOST: "0.0.0.0",
         ENV_PORT: str(PORT_ENGINE_GRPC),
         ENV_METRICS_PORT: str(PORT_ENGINE_METRICS),
         ENV_POD_NAME: pod,
-        ENV_SERVICE: service,
         ENV_REVISION: revision.name,
     }
     container: dict[str, Any] = {

@@ -227,9 +227,7 @@ def _creations(
         replica = 0
         while pod_name(service.name, revision.name, replica) in taken:
             replica += 1
-        pod = build_pod(
-            service.name, revision, replica, service.spec.rollout.drain_seconds, defaults
-        )
+        pod = build_pod(service, revision, replica, defaults)
         taken.add(pod.name)
         yield CreatePod(pod)
 

@@ -3,6 +3,7 @@
 from collections import Counter
 
 from shoal.api.routes import Endpoint, RouteTable
+from shoal.api.scaling import ScaleToZeroSpec
 from shoal.api.types import InferenceService
 from shoal.operator.observe import Observed
 
@@ -17,6 +18,8 @@ def route_table(
     of their replicas. The generation is the present one if nothing changes, else the next.
     """
     routing = service.spec.routing
+    autoscaling = service.spec.autoscaling
+    queue = (autoscaling and autoscaling.scale_to_zero) or ScaleToZeroSpec()
     table = RouteTable(
         service=service.name,
         models=service.model_ids,
@@ -24,6 +27,8 @@ def route_table(
         session_header=routing.session_header,
         max_retries=routing.max_retries,
         migration_limit=routing.migration_limit,
+        max_queued=queue.max_queued,
+        queue_timeout_seconds=queue.queue_timeout_seconds,
     )
     return _numbered(_over_pods(table, observed, leaving), observed.table)
 

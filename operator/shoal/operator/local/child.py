@@ -43,9 +43,11 @@ class Child:
             _kill_group(self.pid)
 
     def _wait(self) -> None:
-        status = self._process.wait()
-        # What the process started and left behind is still in its group.
+        # Seen to have ended but not reaped, the process keeps its id: the group that is killed
+        # is its own, with what it started and left behind.
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         _kill_group(self.pid)
+        status = self._process.wait()
         with suppress(RuntimeError):  # the loop is closed: nobody asks any more
             self._loop.call_soon_threadsafe(self._ended, status)
 

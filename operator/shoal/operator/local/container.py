@@ -14,7 +14,6 @@ from shoal.api.names import (
     ENV_GRPC_PORT,
     ENV_HOST,
     ENV_METRICS_PORT,
-    ENV_POD_NAME,
     ENV_PORT,
     ROLE_LEADER,
     ROLE_ROUTER,
@@ -89,7 +88,6 @@ def router_container(
     environ = {
         **settings.environ,
         ENV_HOST: settings.host,
-        ENV_POD_NAME: ROUTER_POD,
         "PYTHONUNBUFFERED": "1",
     }
     return Container(

@@ -22,8 +22,8 @@ class SupervisorRuns(RuntimeError):
     def __init__(self, root: Path, info: SupervisorInfo | None) -> None:
         who = f"process {info.pid} ({info.url})" if info else "another process"
         super().__init__(
-            f"{who} already serves from {root}; stop it, or name another state directory "
-            f"with --state-dir or {ENV_STATE_DIR}"
+            f"{who} already serves from {root}; add to it with shoal apply -f FILE, or stop it, "
+            f"or name another state directory with --state-dir or {ENV_STATE_DIR}"
         )
         self.info = info
 

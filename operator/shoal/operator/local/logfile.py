@@ -6,6 +6,7 @@ nothing; lines written between the two are lost, a fair price for a bound on the
 """
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,8 +36,8 @@ class LogFile:
         return self.path.open("ab", buffering=0)
 
     def note(self, line: str) -> None:
-        """Adds a line of our own."""
-        with self.open() as file:
+        """Adds a line of our own; one for which there is no room is lost."""
+        with suppress(OSError), self.open() as file:
             file.write(f"--- {line}\n".encode())
 
     def rotate(self) -> bool:
@@ -44,7 +45,7 @@ class LogFile:
         try:
             if self.path.stat().st_size <= self._limit:
                 return False
-            shutil.copyfile(self.path, self.older)
+            self._copy()
             with self.path.open("r+b") as file:
                 file.truncate(0)
         except FileNotFoundError:
@@ -52,14 +53,21 @@ class LogFile:
         return True
 
     def last_line(self, longest: int = 300) -> str:
-        """The last line that says something, ours left out; "" where there is none."""
+        """The last line that says something, ours left out; "" where none can be read."""
         try:
             with self.path.open("rb") as file:
                 size = file.seek(0, 2)
                 file.seek(max(0, size - _TAIL_BYTES))
                 text = file.read().decode(errors="replace")
-        except FileNotFoundError:
+        except OSError:
             return ""
         lines = [line.strip() for line in text.splitlines()]
         said = [line for line in lines if line and not line.startswith("--- ")]
         return said[-1][:longest] if said else ""
+
+    def _copy(self) -> None:
+        try:
+            shutil.copyfile(self.path, self.older)
+        except OSError:
+            # On a full disk the bound is what helps; a part of a copy would only take room.
+            self.older.unlink(missing_ok=True)

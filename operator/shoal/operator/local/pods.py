@@ -3,12 +3,14 @@ cluster. Performs the planner's actions on pods, and writes pods/<name>.json."""
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from shoal.operator.build import Pod
 from shoal.operator.local.child import kill_leftover, process_started
 from shoal.operator.local.container import Container, worker_container
 from shoal.operator.local.logfile import LogFile
+from shoal.operator.local.mishaps import Mishaps
 from shoal.operator.local.process import Machine, PodProcess
 from shoal.operator.local.records import PodPhase, PodRecord
 from shoal.operator.local.settings import Level, SupervisorSettings, Update
@@ -27,12 +29,14 @@ class Pods:
         settings: SupervisorSettings,
         machine: Machine,
         *,
+        mishaps: Mishaps,
         changed: Callable[[], None],
         on_update: Callable[[Update], None],
     ) -> None:
         self._store = store
         self._settings = settings
         self._machine = machine
+        self._mishaps = mishaps
         self._changed = changed
         self._on_update = on_update
         self._processes: dict[str, PodProcess] = {}
@@ -88,6 +92,16 @@ class Pods:
         for process in self._processes.values():
             process.kill()
 
+    def write_records(self) -> None:
+        """Writes what could not be written when it changed, and removes what nobody has."""
+        for name in self._processes:
+            with self._mishaps.around(_record_of(name)):
+                self._store.write_pod(self._processes[name].record)
+        for record in self._store.pods():
+            if record.name not in self._processes:
+                with self._mishaps.around(f"removing the record of {record.name}"):
+                    self._store.remove_pod(record.name)
+
     def bound_logs(self) -> None:
         """Keeps every log, and their number, within limits."""
         for name in self._processes:
@@ -95,7 +109,7 @@ class Pods:
         running = {f"{name}.log" for name in self._processes}
         folder = self._store.log_path(ROUTER_POD).parent
         old = [path for path in folder.glob("*.log*") if path.name not in running]
-        for path in sorted(old, key=lambda path: path.stat().st_mtime)[:-_KEPT_LOGS]:
+        for path in sorted(old, key=_modified)[:-_KEPT_LOGS]:
             path.unlink(missing_ok=True)
 
     async def _end(self, name: str, grace: float) -> None:
@@ -105,18 +119,28 @@ class Pods:
         finally:
             del self._processes[name]
             del self._ending[name]
-            self._store.remove_pod(name)
+            self._mishaps.forget(_record_of(name))
+            with self._mishaps.around(f"removing the record of {name}"):
+                self._store.remove_pod(name)
             self._on_update(Update(_kind(process.record.service), name, "stopped"))
             self._changed()
 
     def _write(self, name: str) -> None:
         if process := self._processes.get(name):
-            self._store.write_pod(process.record)
+            with self._mishaps.around(_record_of(name)):
+                self._store.write_pod(process.record)
         self._changed()
 
     def _tell(self, container: Container, message: str, level: Level) -> None:
         kind = _kind(container.service)
         self._on_update(Update(kind, container.name, message, level))
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # somebody tidied up meanwhile
+        return 0.0
 
 
 async def end_leftovers(store: Store, within: float) -> list[str]:
@@ -136,6 +160,10 @@ async def end_leftovers(store: Store, within: float) -> list[str]:
             break
         await asyncio.sleep(0.02)
     return [record.name for record in left]
+
+
+def _record_of(pod: str) -> str:
+    return f"writing the record of {pod}"
 
 
 def _there(record: PodRecord) -> bool:

@@ -109,7 +109,7 @@ class PodProcess:
             except OSError as error:
                 ended = f"cannot be started: {error}"
             else:
-                status = await self._watch(child)
+                status = await self._watch(child, self._started(child))
                 ended = describe_exit(status)
                 # Only a process that gave up by itself had a last word on why.
                 said = self._log.last_line() if status > 0 else ""
@@ -118,6 +118,7 @@ class PodProcess:
             await self._wait_to_restart(ended, said, self._machine.clock() - started)
 
     def _start(self) -> Child:
+        """Raises OSError where there is no port, or no such program."""
         container, machine = self._container, self._machine
         machine.ports.give_back(self._ports.values())
         self._ports = {
@@ -125,24 +126,27 @@ class PodProcess:
             for name in container.ports
         }
         said = {variable: str(self._ports[name]) for name, variable in container.ports.items()}
-        child = start_child(container.argv, {**container.environ, **said}, self._log)
-        self._child = child
+        self._child = start_child(container.argv, {**container.environ, **said}, self._log)
+        return self._child
+
+    def _started(self, child: Child) -> str:
+        """Tells of a process that runs; returns the address where it will listen."""
         again = self.record.restarts > 0
+        address = f"{reachable(self._container.host)}:{self._ports['grpc']}"
         self._tell(f"started{' again' if again else ''} as process {child.pid}", "info")
         self._set(
             phase=PodPhase.RUNNING,
             pid=child.pid,
             process_started=child.started,
-            started=machine.clock(),
+            started=self._machine.clock(),
             ports=dict(self._ports),
-            address=f"{reachable(container.host)}:{self._ports['grpc']}",
+            address=address,
         )
-        return child
+        return address
 
-    async def _watch(self, child: Child) -> int:
+    async def _watch(self, child: Child, address: str) -> int:
         """Probes until the process ends; returns its exit status."""
-        assert self.record.address is not None
-        probing = asyncio.create_task(self._probe(child, self.record.address))
+        probing = asyncio.create_task(self._probe(child, address))
         try:
             status = await asyncio.shield(child.exited)
         finally:

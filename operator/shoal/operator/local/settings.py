@@ -24,6 +24,7 @@ class SupervisorSettings:
     poll_seconds: float = 0.2  # between two looks at the desired state
     load_seconds: float = 0.5  # between two questions to the router
     stop_seconds: float = 15.0  # for requests in flight when everything stops
+    house_seconds: float = 5.0  # between two looks at the size of logs and at what failed
     log_bytes: int = 16 * 2**20  # of one log file; one older file is kept beside it
     log_level: str = "info"  # of the router
     environ: Mapping[str, str] = field(default_factory=lambda: MappingProxyType(dict(os.environ)))
@@ -42,6 +43,16 @@ class Update:
     name: str  # of the pod or service; "router", "supervisor"
     message: str  # one sentence without a full stop, e.g. "ready after 2.1 s"
     level: Level = "info"
+
+
+class NotAnAddress(OSError):
+    """The router cannot listen on such a host."""
+
+    def __init__(self, host: str, error: OSError) -> None:
+        super().__init__(
+            f"--host {host!r} is not an address of this machine: {error.strerror or error}; "
+            f"127.0.0.1 serves this machine alone, 0.0.0.0 all that reach it"
+        )
 
 
 class PortTaken(OSError):

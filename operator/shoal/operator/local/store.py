@@ -6,7 +6,8 @@
     revisions/<name>.json   the specs of the revisions that still matter
     routes/<name>.json      route tables, watched by the router
     logs/<pod>.log          standard output and error
-    supervisor.lock         held (flock) while a supervisor runs; says its pid and addresses
+    supervisor.lock         held (flock) while a supervisor runs
+    supervisor.json         its pid and addresses, meanwhile
 
 A desired document has one writer at a time (services/.lock) and carries what an API server
 would add: `metadata.generation` rises with every change of the spec, `creationTimestamp` says
@@ -49,7 +50,7 @@ __all__ = [
     "SupervisorRuns",
     "UnknownService",
     "default_root",
-    "to_document",
+    "written_document",
 ]
 
 ApplyResult = Literal["created", "configured", "unchanged"]
@@ -90,33 +91,38 @@ class Store:
 
     def services(self) -> list[InferenceService]:
         """All desired services by name. A document that does not parse raises InvalidManifest."""
-        return [_read_service(path) for path in files.documents(self._services, ".yaml")]
+        found = map(_read_service, files.documents(self._services, ".yaml"))
+        return [service for service in found if service is not None]
 
     def read_services(self) -> tuple[dict[str, InferenceService], dict[str, str]]:
         """Desired services by name, and by name what is wrong with those that do not parse."""
         good, wrong = {}, {}
         for path in files.documents(self._services, ".yaml"):
             try:
-                good[path.stem] = _read_service(path)
-            except FileNotFoundError:
-                continue
+                service = _read_service(path)
             except (InvalidManifest, UnicodeDecodeError) as error:
                 wrong[path.stem] = str(error)
+                continue
+            if service is not None:
+                good[path.stem] = service
         return good, wrong
 
     def get(self, name: str) -> InferenceService | None:
         path = self._services / f"{name}.yaml"
-        return _read_service(path) if path.parent == self._services and path.exists() else None
+        return _read_service(path) if path.parent == self._services else None
 
     def apply(self, service: InferenceService | Mapping[str, object]) -> ApplyResult:
         """Makes `service` the desired state of its name.
 
         `replicas` left out keeps the number in force, so that applying a file again does not
-        undo `shoal scale`. Raises InvalidManifest for a document that is wrong.
+        undo `shoal scale`. Raises InvalidManifest for a document that is wrong, and for a name
+        that a service of another namespace has: here a name stands for one service.
         """
         wanted = service if isinstance(service, InferenceService) else parse_document(service)
         with self._writing():
             current = self.get(wanted.metadata.name)
+            if current is not None and current.metadata.namespace != wanted.metadata.namespace:
+                raise InvalidManifest([_other_namespace(current, wanted)])
             said = current.spec.model_fields_set if current is not None else set()
             if current is not None and "replicas" in said - wanted.spec.model_fields_set:
                 spec = wanted.spec.model_copy(update={"replicas": current.spec.replicas})
@@ -127,7 +133,7 @@ class Store:
         """Sets `spec.replicas`. Raises UnknownService, or InvalidManifest for a wrong number."""
         with self._writing():
             current = self._existing(name)
-            document = to_document(current)
+            document = written_document(current)
             spec = document["spec"] | {"replicas": replicas}
             return self._write(current, parse_document(document | {"spec": spec}))
 
@@ -138,11 +144,6 @@ class Store:
                 return False
             (self._services / f"{name}.yaml").unlink(missing_ok=True)
             return True
-
-    def forget_services(self) -> None:
-        """Removes every desired service."""
-        for path in files.documents(self._services, ".yaml"):
-            path.unlink(missing_ok=True)
 
     def services_signature(self) -> tuple[object, ...]:
         """Changes whenever a desired document does."""
@@ -278,9 +279,9 @@ class Store:
             created = current.metadata.creation_timestamp or self._now()
         stored = {"generation": generation, "creation_timestamp": created}
         wanted = wanted.model_copy(update={"metadata": wanted.metadata.model_copy(update=stored)})
-        if current is not None and to_document(wanted) == to_document(current):
+        if current is not None and written_document(wanted) == written_document(current):
             return "unchanged"
-        text = yaml.safe_dump(to_document(wanted), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(written_document(wanted), sort_keys=False, allow_unicode=True)
         files.write_text(self._services / f"{wanted.metadata.name}.yaml", text)
         return "created" if current is None else "configured"
 
@@ -299,7 +300,7 @@ class Store:
             os.close(handle)
 
 
-def to_document(service: InferenceService) -> dict[str, Any]:
+def written_document(service: InferenceService) -> dict[str, Any]:
     """The service as YAML has it: what was said, without defaults and without status."""
     said = service.model_dump(by_alias=True, exclude_unset=True, mode="json")
     return {
@@ -310,12 +311,25 @@ def to_document(service: InferenceService) -> dict[str, Any]:
     }
 
 
-def _read_service(path: Path) -> InferenceService:
-    found = parse_manifest(path.read_text(encoding="utf-8"))
+def _read_service(path: Path) -> InferenceService | None:
+    """The service in a file; None where there is no such file (any more)."""
+    text = files.read_text(path)
+    if text is None:
+        return None
+    found = parse_manifest(text)
     if len(found) != 1 or found[0].name != path.stem:
         problem = f"must hold the one service {path.stem}, the name of its file"
         raise InvalidManifest([Problem(str(path), problem)])
     return found[0]
+
+
+def _other_namespace(current: InferenceService, wanted: InferenceService) -> Problem:
+    return Problem(
+        "metadata.namespace",
+        f"{wanted.metadata.namespace}: the service {wanted.name} that is here belongs to namespace "
+        f"{current.metadata.namespace}, and on one machine a name stands for one service; "
+        f"give this one another name, or first: shoal delete {wanted.name}",
+    )
 
 
 def _condition_status(status: Mapping[str, object], kind: str) -> object:

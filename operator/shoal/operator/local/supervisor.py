@@ -11,18 +11,19 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from shoal.api.types import InferenceService
 from shoal.operator.claims import claims
 from shoal.operator.local.container import router_container
+from shoal.operator.local.mishaps import Mishaps
 from shoal.operator.local.pods import Pods, end_leftovers
 from shoal.operator.local.ports import Ports, is_free, reachable
 from shoal.operator.local.process import Machine
 from shoal.operator.local.reconcile import Reconciler
 from shoal.operator.local.records import SupervisorInfo
 from shoal.operator.local.router_client import RouterClient
-from shoal.operator.local.settings import PortTaken, SupervisorSettings, Update
+from shoal.operator.local.settings import NotAnAddress, PortTaken, SupervisorSettings, Update
 from shoal.operator.local.store import ROUTER_POD, Store
 from shoal.operator.observe import RouterView
 
@@ -30,7 +31,6 @@ INTERRUPTED = 130
 _LEFTOVER_SECONDS = 5.0
 _WORKER_GRACE_SECONDS = 5.0  # once the router has ended nothing is in flight
 _ROUTER_MARGIN_SECONDS = 3.0
-_LOG_SECONDS = 5.0  # between two looks at the size of logs
 _EAGER_SECONDS = 0.2  # between two questions to the router while something is under way
 
 
@@ -40,12 +40,18 @@ async def supervise(
     *,
     on_update: Callable[[Update], None],
     stop: asyncio.Event | None = None,
+    meanwhile: AbstractContextManager[object] | None = None,
 ) -> int:
     """Runs until SIGINT, SIGTERM or `stop`; returns the exit code (0: everything ended in order).
 
-    Raises SupervisorRuns where another supervisor holds the store, and PortTaken where the
-    router's ports are not free. A second signal kills all processes at once and returns 130.
+    `meanwhile` is entered once nothing stands in the way any more and left at the end, while
+    nobody else can serve from the store: the place to change its services for this run.
+
+    Raises SupervisorRuns where another supervisor holds the store, PortTaken where the router's
+    ports are not free, and NotAnAddress where it cannot listen on such a host. A second signal
+    kills all processes at once and returns 130.
     """
+    on_update = _unless_nobody_reads(on_update)
     ports = Ports(random.Random())
     http_port = settings.http_port or ports.take()
     grpc_port = settings.grpc_port or ports.take()
@@ -59,7 +65,7 @@ async def supervise(
         _require_free(settings, http_port, grpc_port)
         store.clear_observed()
         supervisor = _Supervisor(store, settings, info, ports, on_update, stop or asyncio.Event())
-        with _signals(supervisor):
+        with _signals(supervisor), meanwhile or nullcontext():
             return await supervisor.run(http_port, grpc_port)
 
 
@@ -84,7 +90,15 @@ class _Supervisor:
         self._wake = asyncio.Event()
         machine = Machine(ports)
         self._clock = machine.clock
-        self._pods = Pods(store, settings, machine, changed=self._wake.set, on_update=on_update)
+        self._mishaps = Mishaps(on_update)
+        self._pods = Pods(
+            store,
+            settings,
+            machine,
+            mishaps=self._mishaps,
+            changed=self._wake.set,
+            on_update=on_update,
+        )
         self._reconciler = Reconciler(store, self._pods, info.url)
         self._services: dict[str, InferenceService] = {}
         self._wrong: dict[str, str] = {}
@@ -102,14 +116,14 @@ class _Supervisor:
 
     async def run(self, http_port: int, grpc_port: int) -> int:
         container = router_container(self._settings, http_port, grpc_port, self._store.routes_dir)
-        self._store.routes_dir.mkdir(parents=True, exist_ok=True)
         beside = [
             asyncio.create_task(self._watch_router()),
             asyncio.create_task(self._watch_services()),
-            asyncio.create_task(self._bound_logs()),
+            asyncio.create_task(self._keep_house()),
             asyncio.create_task(self._wake_on_stop()),
         ]
         try:
+            self._store.routes_dir.mkdir(parents=True, exist_ok=True)
             self._pods.run(container)
             while not self._stop.is_set():
                 self._wake.clear()
@@ -129,18 +143,21 @@ class _Supervisor:
 
     def _turn(self) -> bool:
         """Looks at every service once; whether there may be more to do at once."""
-        self._read_services()
+        with self._mishaps.around("reading the services"):
+            self._read_services()
         owned = claims(self._services.values())
         now = self._clock()
         busy = False
         for name, service in self._services.items():
-            acted, news = self._reconciler.reconcile(service, owned[name], self._views, now)
-            busy |= acted
-            for update in news:
-                self._on_update(update)
+            with self._mishaps.around(f"service {name}"):
+                acted, news = self._reconciler.reconcile(service, owned[name], self._views, now)
+                busy |= acted
+                for update in news:
+                    self._on_update(update)
         for name in self._store.known() - self._services.keys() - self._wrong.keys():
-            if self._reconciler.remove(name, self._views, now):
-                self._on_update(Update("service", name, "removed"))
+            with self._mishaps.around(f"service {name}"):
+                if self._reconciler.remove(name, self._views, now):
+                    self._on_update(Update("service", name, "removed"))
         self._settled = all(
             record.ready and record.drain_started is None for record in self._pods.records
         ) and all(self._ready(name) for name in self._services)
@@ -150,8 +167,8 @@ class _Supervisor:
         signature = self._store.services_signature()
         if signature == self._signature:
             return
-        self._signature = signature
         good, wrong = self._store.read_services()
+        self._signature = signature
         # A document that does not parse leaves its service as it was.
         kept = {name: self._services[name] for name in wrong if name in self._services}
         self._services = dict(sorted((kept | good).items()))
@@ -169,9 +186,11 @@ class _Supervisor:
         """Wakes the loop when a document changes, and while a drain's deadline may pass."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            draining = any(record.drain_started for record in self._pods.records)
-            if draining or self._store.services_signature() != self._signature:
+            if any(record.drain_started for record in self._pods.records):
                 self._wake.set()
+            with self._mishaps.around("reading the services"):
+                if self._store.services_signature() != self._signature:
+                    self._wake.set()
 
     async def _watch_router(self) -> None:
         """Keeps the router's answer fresh, and wakes the loop when it differs."""
@@ -187,10 +206,15 @@ class _Supervisor:
         finally:
             await client.close()
 
-    async def _bound_logs(self) -> None:
+    async def _keep_house(self) -> None:
+        """Bounds the logs, and tries again what failed."""
         while True:
-            await asyncio.sleep(_LOG_SECONDS)
-            self._pods.bound_logs()
+            await asyncio.sleep(self._settings.house_seconds)
+            with self._mishaps.around("bounding the logs"):
+                self._pods.bound_logs()
+            if self._mishaps:
+                self._pods.write_records()
+                self._wake.set()
 
     async def _wake_on_stop(self) -> None:
         await self._stop.wait()
@@ -205,13 +229,28 @@ class _Supervisor:
         await self._pods.end_workers(0.0 if self._killed.is_set() else _WORKER_GRACE_SECONDS)
         self._store.clear_observed()
         for name in self._store.known():
-            self._store.forget(name)
+            with self._mishaps.around(f"removing the status of {name}"):
+                self._store.forget(name)
 
 
 def _require_free(settings: SupervisorSettings, http_port: int, grpc_port: int) -> None:
     for port, flag in ((http_port, "--port"), (grpc_port, "--grpc-port")):
-        if not is_free(settings.host, port):
+        try:
+            free = is_free(settings.host, port)
+        except OSError as error:
+            raise NotAnAddress(settings.host, error) from error
+        if not free:
             raise PortTaken(settings.host, port, flag)
+
+
+def _unless_nobody_reads(on_update: Callable[[Update], None]) -> Callable[[Update], None]:
+    """News that nobody can be told (a closed pipe, a full disk) stop nothing."""
+
+    def tell(update: Update) -> None:
+        with suppress(OSError):
+            on_update(update)
+
+    return tell
 
 
 @contextmanager
