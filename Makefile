@@ -17,7 +17,7 @@ $(UV):
 	@test -n "$(PYTHON)" || { echo "Shoal needs Python 3.11 or later, and found none. Install it, or say where it is: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Shoal needs Python 3.11 or later, but $(PYTHON) is $$($(PYTHON) -V). Say where a later one is: make PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) -m venv .boot || { rm -rf .boot; echo "$(PYTHON) cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@free=$$(df -Pk . | awk 'NR==2 {print $$4}'); test "$$free" -gt 9000000 || { echo "Shoal installs about 7 GB (mostly torch), but $$((free / 1000000)) GB are free here. Make room and run the command again."; exit 1; }
+	@free=$$(df -Pk . | awk 'NR==2 {print $$4}'); test "$$free" -gt 7000000 || { echo "Shoal needs about 7 GB of disk (nearly all of it torch), but $$((free / 1000000)) GB are free here. Make room and run the command again."; exit 1; }
 	@.boot/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
 
 $(VENV)/run.stamp: $(UV) pyproject.toml constraints.txt

@@ -172,8 +172,11 @@ def test_demo_tells_the_whole_story(world: Any, fake_up: Any) -> None:
         "> Why?\nMany eyes.\n",
         "Time to first token",
         "tokens/s (3 tokens)",
-        "shoal up -f",
+        " up -f ",
         "/v1/chat/completions",
+        " --port ",
+        " scale chat 2",
+        " logs chat -f",
         "Stopped. Nothing is left running.",
     ):
         assert part in done.stdout, done.stdout

@@ -1,17 +1,19 @@
 """`shoal demo`: serves a small real model, asks it something, and stops."""
 
+import shlex
+import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
-from shoal.api.names import API_VERSION, KIND, PORT_ROUTER_HTTP
+from shoal.api.names import API_VERSION, KIND, PORT_ROUTER_GRPC, PORT_ROUTER_HTTP
 from shoal.cli.chat import Answer, ChatFailed, stream_chat
 from shoal.cli.child import ServingProcess
 from shoal.cli.display import curl_lines
@@ -21,6 +23,7 @@ from shoal.cli.output import format_data
 from shoal.cli.startup import StartupLogs
 from shoal.cli.tail import Tailer, last
 from shoal.cli.view import condition_of
+from shoal.operator.local.ports import is_free
 
 if TYPE_CHECKING:
     from shoal.api.types import InferenceService
@@ -82,7 +85,7 @@ def command(
     The first run downloads the model (93 MB); it stays in ~/.cache/shoal for the next.
     """
     signal.signal(signal.SIGTERM, _end)
-    if port and not port_is_free(_HOST, port):
+    if port and not is_free(_HOST, port):
         click.echo(f"Port {port} is taken by another program; using a free one.")
         port = 0
     with tempfile.TemporaryDirectory(prefix="shoal-demo-") as folder:
@@ -125,7 +128,8 @@ def _demo(
             f"\n\nTime to first token {answer.first:.2f} s, then "
             f"{answer.tokens_per_second:.1f} tokens/s ({answer.tokens} tokens)\n"
         )
-        _next_steps(base, service.model_ids[0], manifest if filename else _EXAMPLE)
+        built_in = manifest.parent == folder
+        click.echo("\n".join(next_steps(service, None if built_in else manifest, base)))
         if keep:
             click.echo("\nServing until Ctrl-C.")
             _serve_until_interrupted(up)
@@ -186,11 +190,36 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _next_steps(base: str, model: str, manifest: Path) -> None:
-    click.echo(f"It listened at {base}/v1 (OpenAI API). Keep it running, and ask it yourself:\n")
-    click.echo(f"  shoal up -f {manifest}")
-    click.echo("\n".join(curl_lines(base, model)))
-    click.echo(f"  shoal get; shoal logs {model} -f; shoal scale {model} 2\n")
+def next_steps(service: "InferenceService", manifest: Path | None, base: str) -> list[str]:
+    """Commands that work as they stand, in this folder; without `manifest` the built-in example
+    is meant. The same port is asked for again, so that the address stays."""
+    shoal, model = _how_called(sys.argv[0]), service.spec.model
+    port = urlsplit(base).port
+    if manifest is not None:
+        serve = ["up", "-f", str(manifest)]
+    else:
+        serve = ["serve", model.uri, "--name", service.name, "--revision", model.revision or ""]
+    if port != PORT_ROUTER_HTTP:
+        serve += ["--port", str(port)]
+    if not is_free(_HOST, PORT_ROUTER_GRPC):
+        serve += ["--grpc-port", "0"]
+    return [
+        f"It listened at {base}/v1 (OpenAI API). Keep it running, and ask it yourself:\n",
+        f"  {shoal} {shlex.join(serve)}",
+        *curl_lines(base, service.model_ids[0]),
+        f"  {shoal} get",
+        f"  {shoal} scale {service.name} 2",
+        f"  {shoal} logs {service.name} -f\n",
+    ]
+
+
+def _how_called(program: str) -> str:
+    """What to type for `shoal`: its name where the shell finds it, else as it was called."""
+    if shutil.which("shoal") is not None:
+        return "shoal"
+    if Path(program).name == "shoal":
+        return shlex.quote(program)
+    return f"{shlex.quote(sys.executable)} -m shoal.cli.main"
 
 
 def _serve_until_interrupted(up: ServingProcess) -> None:
@@ -215,17 +244,6 @@ def _with_log(failure: DemoFailed) -> str:
     lines = last(Tailer(failure.log).read(), _LOG_LINES)
     tail = "\n".join(f"  {line}" for line in lines) or "  (it is empty)"
     return f"{failure}\nThe end of its log:\n{tail}"
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
