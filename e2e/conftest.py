@@ -30,6 +30,9 @@ spec:
 
 T = TypeVar("T")
 
+# A shell starts background jobs with the interrupt ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def wait_until(check: Callable[[], T], seconds: float, what: str) -> T:
     """Returns the first truthy result of `check`."""
