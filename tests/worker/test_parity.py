@@ -122,8 +122,9 @@ def test_preemption(parity: Parity, caching: bool) -> None:
 
 def test_bfloat16_differs_only_within_its_noise(parity: Parity, models: ModuleType) -> None:
     """Teacher-forced through our decode steps in bfloat16: where our choice is not transformers'
-    in float32, the two logits are nearer than bfloat16 shifts logits in transformers itself."""
-    forced = [p + tokens for p, tokens in zip(parity.prompts, parity.alone, strict=True)]
+    in float32, the two logits are nearer than bfloat16 shifts logits in transformers itself. On
+    every fourth prompt, the longest included: 512 choices."""
+    forced = [p + tokens for p, tokens in zip(parity.prompts, parity.alone, strict=True)][3::4]
     ours = forced_choices(build(models, "bfloat16", blocks=600), forced)
     reference = models.smollm2()
     low = deepcopy(reference).to(torch.bfloat16)
