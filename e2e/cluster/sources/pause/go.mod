@@ -1,0 +1,3 @@
+module shoal.dev/e2e/pause
+
+go 1.24
