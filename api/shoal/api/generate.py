@@ -45,11 +45,11 @@ def stale_files(root: Path, files: Mapping[Path, str]) -> list[Path]:
 
 
 def differences(root: Path, files: Mapping[Path, str]) -> str:
-    """A unified diff from the tree to what it should be; empty where they agree."""
-    wanted = {**files, **dict.fromkeys(stale_files(root, files), "")}
+    """A unified diff from the tree to what it should be; empty where they agree. The text of a
+    file that should not be there is empty."""
     return "".join(
         line
-        for path, text in sorted(wanted.items())
+        for path, text in sorted(files.items())
         for line in difflib.unified_diff(
             _read(root / path).splitlines(keepends=True),
             text.splitlines(keepends=True),
@@ -60,15 +60,32 @@ def differences(root: Path, files: Mapping[Path, str]) -> str:
 
 
 def write(root: Path, files: Mapping[Path, str]) -> list[Path]:
-    """Makes the tree agree; returns the paths that changed. Equal files are left untouched."""
+    """Makes the tree agree; returns the paths that changed. Equal files are left untouched, and
+    those whose text is empty are deleted."""
     changed = [path for path, text in files.items() if _read(root / path) != text]
     for path in changed:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(files[path], encoding="utf-8")
-    stale = stale_files(root, files)
-    for path in stale:
-        (root / path).unlink()
-    return sorted(changed + stale)
+        if text := files[path]:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(text, encoding="utf-8")
+        else:
+            (root / path).unlink()
+    return sorted(changed)
+
+
+def settle(root: Path, files: Mapping[Path, str], *, check: bool) -> int:
+    """Writes the files, or with `check` prints how the tree differs from them; returns the exit
+    status."""
+    if not check:
+        changed = write(root, files)
+        print("\n".join(f"wrote {path}" for path in changed) or "everything is up to date")
+        return 0
+    difference = differences(root, files)
+    if difference:
+        print(difference, end="")
+        print("generated files are out of date; run: make generate", file=sys.stderr)
+        return 1
+    print(f"{len(files)} generated files are up to date")
+    return 0
 
 
 def _stubs(root: Path) -> dict[Path, str]:
@@ -124,17 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GenerateError as error:
         print(error, file=sys.stderr)
         return 2
-    if not options.check:
-        changed = write(options.root, files)
-        print("\n".join(f"wrote {path}" for path in changed) or "everything is up to date")
-        return 0
-    difference = differences(options.root, files)
-    if difference:
-        print(difference, end="")
-        print("generated files are out of date; run: make generate", file=sys.stderr)
-        return 1
-    print(f"{len(files)} generated files are up to date")
-    return 0
+    stale = dict.fromkeys(stale_files(options.root, files), "")
+    return settle(options.root, {**files, **stale}, check=options.check)
 
 
 if __name__ == "__main__":
