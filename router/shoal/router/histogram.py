@@ -53,6 +53,14 @@ class Histogram:
         total = sum(counts)
         return tuple(_quantile(counts, total, share) for share in shares)
 
+    def counts(self) -> tuple[int, list[int]]:
+        """(first bucket, counts from there) since the start, without empty ones at both ends."""
+        totals = [a + b for a, b in zip(self._total, self._current, strict=True)]
+        filled = [bucket for bucket, count in enumerate(totals) if count]
+        if not filled:
+            return 0, []
+        return filled[0], totals[filled[0] : filled[-1] + 1]
+
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper bound, observations up to it) for Prometheus; the last bound is +Inf."""
         rows = []

@@ -20,6 +20,7 @@ class RevisionStats:
         self.ttft = Histogram()
         self.itl = Histogram()
         self.duration = Histogram()
+        self.broken = 0  # attempts that a replica left unfinished and that were sent again
 
     @property
     def ended(self) -> int:

@@ -2,6 +2,7 @@
 
 from shoal.api.v1 import engine_pb2, router_pb2
 from shoal.router.core import Service
+from shoal.router.histogram import Histogram
 
 
 def service_load(service: Service, now: float) -> router_pb2.ServiceLoad:
@@ -30,6 +31,9 @@ def service_load(service: Service, now: float) -> router_pb2.ServiceLoad:
             ttft_p95_seconds=ttft[1],
             itl_p50_seconds=itl[0],
             itl_p95_seconds=itl[1],
+            ttft=_durations(revision.ttft),
+            itl=_durations(revision.itl),
+            broken=revision.broken,
         )
     for replica in replicas:
         load = engine_pb2.Load()
@@ -43,3 +47,8 @@ def service_load(service: Service, now: float) -> router_pb2.ServiceLoad:
             load=load,
         )
     return report
+
+
+def _durations(histogram: Histogram) -> router_pb2.Durations:
+    first, counts = histogram.counts()
+    return router_pb2.Durations(first=first, counts=counts)

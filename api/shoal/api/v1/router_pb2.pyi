@@ -280,6 +280,9 @@ class RevisionLoad(message.Message):
     TTFT_P95_SECONDS_FIELD_NUMBER: builtins.int
     ITL_P50_SECONDS_FIELD_NUMBER: builtins.int
     ITL_P95_SECONDS_FIELD_NUMBER: builtins.int
+    TTFT_FIELD_NUMBER: builtins.int
+    ITL_FIELD_NUMBER: builtins.int
+    BROKEN_FIELD_NUMBER: builtins.int
     revision: builtins.str
     running: builtins.int
     requests: builtins.int
@@ -291,6 +294,14 @@ class RevisionLoad(message.Message):
     ttft_p95_seconds: builtins.float
     itl_p50_seconds: builtins.float
     itl_p95_seconds: builtins.float
+    broken: builtins.int
+    """attempts that a replica left unfinished and that were made good elsewhere"""
+    @builtins.property
+    def ttft(self) -> Durations:
+        """since the router started"""
+
+    @builtins.property
+    def itl(self) -> Durations: ...
     def __init__(
         self,
         *,
@@ -302,10 +313,36 @@ class RevisionLoad(message.Message):
         ttft_p95_seconds: builtins.float = ...,
         itl_p50_seconds: builtins.float = ...,
         itl_p95_seconds: builtins.float = ...,
+        ttft: Durations | None = ...,
+        itl: Durations | None = ...,
+        broken: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = typing.Literal["itl", b"itl", "ttft", b"ttft"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["broken", b"broken", "errors", b"errors", "itl", b"itl", "itl_p50_seconds", b"itl_p50_seconds", "itl_p95_seconds", b"itl_p95_seconds", "requests", b"requests", "revision", b"revision", "running", b"running", "ttft", b"ttft", "ttft_p50_seconds", b"ttft_p50_seconds", "ttft_p95_seconds", b"ttft_p95_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class Durations(message.Message):
+    """How often durations fell into buckets: counts[i] times into (2^((first + i) / 4 - 14), 2^((first + i + 1) / 4 - 14)] seconds."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: builtins.int
+    COUNTS_FIELD_NUMBER: builtins.int
+    first: builtins.int
+    @builtins.property
+    def counts(self) -> containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        first: builtins.int = ...,
+        counts: abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["errors", b"errors", "itl_p50_seconds", b"itl_p50_seconds", "itl_p95_seconds", b"itl_p95_seconds", "requests", b"requests", "revision", b"revision", "running", b"running", "ttft_p50_seconds", b"ttft_p50_seconds", "ttft_p95_seconds", b"ttft_p95_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["counts", b"counts", "first", b"first"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
