@@ -17,9 +17,18 @@ LABEL_SERVICE: Final = f"{GROUP}/service"
 LABEL_REVISION: Final = f"{GROUP}/revision"
 LABEL_REPLICA: Final = f"{GROUP}/replica"  # the group of pods that forms one engine
 LABEL_ROLE: Final = f"{GROUP}/role"  # leader | follower | router
+LABEL_MEMBER: Final = f"{GROUP}/member"  # place within the group: 0 is the leader
+LABEL_GROUP_SIZE: Final = f"{GROUP}/group-size"  # pods of the group
+LABEL_ROUTES: Final = f"{GROUP}/routes"  # "true" on the ConfigMaps that routers watch
+LABEL_NAME: Final = "app.kubernetes.io/name"
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 LABEL_COMPONENT: Final = "app.kubernetes.io/component"  # worker | router | operator
 MANAGER: Final = "shoal-operator"
+APP: Final = "shoal"  # value of LABEL_NAME
+
+# Unix seconds from which `drainSeconds` count; on pods that are on their way out.
+ANNOTATION_DRAIN_STARTED: Final = f"{GROUP}/drain-started"
+ROUTES_KEY: Final = "routes.json"  # of a routes ConfigMap's data
 
 ROLE_LEADER: Final = "leader"
 ROLE_FOLLOWER: Final = "follower"
@@ -39,6 +48,12 @@ ENV_GRPC_PORT: Final = "SHOAL_GRPC_PORT"  # the router's gRPC port
 ENV_POD_NAME: Final = "SHOAL_POD_NAME"
 ENV_REVISION: Final = "SHOAL_REVISION"
 ENV_CACHE_DIR: Final = "SHOAL_CACHE_DIR"  # downloaded models
+ENV_GROUP_SIZE: Final = "SHOAL_GROUP_SIZE"  # pods of the replica
+ENV_GROUP_MEMBER: Final = "SHOAL_GROUP_MEMBER"  # this pod's place, 0 is the leader
+ENV_LEADER_ADDRESS: Final = "SHOAL_LEADER_ADDRESS"  # DNS name of the leader
+ENV_TENSOR_PARALLEL: Final = "SHOAL_TENSOR_PARALLEL"
+ENV_PIPELINE_PARALLEL: Final = "SHOAL_PIPELINE_PARALLEL"
+ENV_GPUS_PER_NODE: Final = "SHOAL_GPUS_PER_NODE"
 ENV_LIFELINE: Final = "SHOAL_LIFELINE"  # "stdin": end when standard input ends (see lifeline)
 ENV_LOG_FORMAT: Final = "SHOAL_LOG_FORMAT"  # text | json
 
