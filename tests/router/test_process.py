@@ -1,19 +1,26 @@
 """The router as a process: ports, signals, lifeline."""
 
+import asyncio
 import json
 import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import trustme
 
 from shoal.api.names import ENV_LIFELINE
+from tests.router.kube_server import KubeServer, config_map
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,3 +160,89 @@ def test_json_logs_are_json(tmp_path):
         line = json.loads(process.process.stdout.readline())
         assert line["event"].startswith("serving http://127.0.0.1:")
         assert {"time", "level"} <= set(line)
+
+
+def test_after_sigterm_it_serves_on_while_not_ready(routes):
+    """For --shutdown-delay-seconds new requests are answered as before, but /ready says no."""
+    with router(routes, "--shutdown-delay-seconds", "1.5") as process:
+        url = process.until(r"serving (http://\S+),")
+        assert chat(url, 1)["usage"]["completion_tokens"] == 1
+        process.process.send_signal(signal.SIGTERM)
+        process.until("(not ready any more)")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{url}/ready", timeout=5)
+        assert chat(url, 2)["usage"]["completion_tokens"] == 2
+        assert process.process.wait(timeout=10) == 0
+
+
+def test_https_with_a_certificate(tmp_path):
+    """With --tls-cert-file and --tls-key-file the HTTP port speaks TLS."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    chain, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    issued.cert_chain_pems[0].write_to_path(chain)
+    issued.private_key_pem.write_to_path(key)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    flags = ("--tls-cert-file", str(chain), "--tls-key-file", str(key))
+    with router(tmp_path, *flags) as process:
+        url = process.until(r"serving (https://\S+),")
+        with urllib.request.urlopen(f"{url}/ready", timeout=5, context=trust) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tls-cert-file", "x"), "--tls-key-file"),
+        (("--namespaces", "a,b"), "--namespaces a,b"),
+        (("--drain-seconds", "-1"), "0 seconds or more"),
+    ],
+)
+def test_contradictory_flags_are_refused(tmp_path, flags, words):
+    """Exit 2 and a sentence that names the flag."""
+    with router(tmp_path, *flags) as process:
+        output, _ = process.process.communicate(timeout=20)
+        assert process.process.returncode == 2
+        assert words in output
+
+
+def test_outside_a_cluster_routes_kubernetes_says_so(tmp_path):
+    """Exit 1 with one sentence."""
+    environ = {"KUBERNETES_SERVICE_HOST": "", "KUBERNETES_SERVICE_PORT": ""}
+    with router(Path("kubernetes"), **environ) as process:
+        output, _ = process.process.communicate(timeout=20)
+        assert process.process.returncode == 1
+        assert "works in a pod" in output
+        assert "Traceback" not in output
+
+
+def test_a_router_in_a_pod(tmp_path):
+    """With a service account and nothing else it serves what the ConfigMaps say."""
+
+    async def play() -> None:
+        async with KubeServer(tmp_path / "account") as server:
+            server.put(config_map("team", "chat", models=["smol"]))
+            address = urlsplit(server.account.server)
+            environ = {
+                "KUBERNETES_SERVICE_HOST": address.hostname,
+                "KUBERNETES_SERVICE_PORT": str(address.port),
+            }
+            flags = ("--service-account-dir", str(server.folder), "--namespaces", "team")
+            await asyncio.to_thread(look, flags, environ)
+
+    def look(flags: tuple[str, ...], environ: dict[str, str]) -> None:
+        with router(Path("kubernetes"), *flags, **environ) as process:
+            url = process.until(r"serving (http://\S+),")
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    urllib.request.urlopen(f"{url}/ready", timeout=5)
+                    break
+                except urllib.error.HTTPError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=5) as response:
+                assert [model["id"] for model in json.load(response)["data"]] == ["smol"]
+
+    asyncio.run(play())
