@@ -91,7 +91,14 @@ class World:
             case CreatePod(pod):
                 assert pod.name not in self.pods, "a name was given twice"
                 self.created.append(pod.name)
-                made = ObservedPod(pod.name, pod.revision, pod.replica, created=self.now)
+                made = ObservedPod(
+                    pod.name,
+                    pod.revision,
+                    pod.replica,
+                    created=self.now,
+                    member=pod.member,
+                    group_size=pod.group_size,
+                )
                 self.observed = replace(seen, pods=(*seen.pods, made))
             case DrainPod(name):
                 self.change(name, drain_started=self.now)

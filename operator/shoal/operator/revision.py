@@ -2,17 +2,19 @@
 
 Two specs have one revision if their workers are interchangeable. What only the router or the
 operator acts on (names, replicas, routing, rollout, prices) is left out, and so are defaults: a
-field that is spelled out as its default, or that a later release adds, changes nothing.
+field that is spelled out as its default, or that a later release adds, changes nothing. What the
+operator's own configuration says about every pod counts, as it changes workers too.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final
 
 from shoal.api.quantity import parse_quantity
 from shoal.api.types import InferenceServiceSpec
+from shoal.operator.platform import PodDefaults
 
 REVISION_LENGTH: Final = 10
 _WORKER: Final[dict[str, bool | set[str]]] = {
@@ -28,15 +30,18 @@ _QUANTITIES: Final = ("cpu", "memory", "shm")
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """A revision and the spec it was made from, so that its pods can be made again."""
+    """A revision and what it was made from, so that its pods can be made again."""
 
     name: str
     created: datetime
     spec: InferenceServiceSpec
+    pods: PodDefaults = field(default_factory=PodDefaults)
 
     def to_document(self) -> dict[str, Any]:
         spec = self.spec.model_dump(by_alias=True, exclude_unset=True, mode="json")
-        return {"name": self.name, "created": self.created.isoformat(), "spec": spec}
+        document = {"name": self.name, "created": self.created.isoformat(), "spec": spec}
+        pods = self.pods.to_document()
+        return {**document, "podDefaults": pods} if pods else document
 
     @classmethod
     def from_document(cls, document: dict[str, Any]) -> "Revision":
@@ -45,12 +50,16 @@ class Revision:
             document["name"],
             datetime.fromisoformat(document["created"]).astimezone(UTC),
             InferenceServiceSpec.model_validate(document["spec"]),
+            PodDefaults.from_document(document.get("podDefaults", {})),
         )
 
 
-def revision_of(spec: InferenceServiceSpec) -> str:
-    """The revision of a spec: 10 hexadecimal digits."""
-    text = json.dumps(_normal_form(spec), sort_keys=True, separators=(",", ":"))
+def revision_of(spec: InferenceServiceSpec, pods: PodDefaults = PodDefaults()) -> str:  # noqa: B008
+    """The revision of a spec under an operator's pod defaults: 10 hexadecimal digits."""
+    form = _normal_form(spec)
+    if defaults := pods.to_document():
+        form["podDefaults"] = defaults
+    text = json.dumps(form, sort_keys=True, separators=(",", ":"))
     return blake2b(text.encode(), digest_size=REVISION_LENGTH // 2).hexdigest()
 
 

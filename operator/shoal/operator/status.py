@@ -16,19 +16,21 @@ from shoal.api.types import (
     InferenceService,
     InferenceServiceStatus,
 )
-from shoal.operator.build import selector
+from shoal.operator.metadata import selector
 from shoal.operator.observe import Observed, ObservedPod
 from shoal.operator.rollout import Bounds
 
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 CRASH_LOOP: Final = "CrashLoopBackOff"
+FETCHING: Final = "FetchingModel"
+FETCH_FAILED: Final = "FetchFailed"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why the spec is not acted on."""
 
-    reason: str  # NotSupported | ModelIdTaken
+    reason: str  # NotSupported | InvalidOverlay | ModelIdTaken
     message: str
 
 
@@ -63,12 +65,17 @@ class Situation:
             self.target is not None
             and len(staying) == self.bounds.replicas
             and all(p.revision == self.target and self.observed.routable(p) for p in staying)
-            and all(p.revision == self.target for p in self.observed.pods)
+            and all(p.revision == self.target for p in self.observed.pods if not p.lost)
         )
 
     @property
     def failing(self) -> list[ObservedPod]:
-        return [pod for pod in self.staying if pod.reason == CRASH_LOOP]
+        return [pod for pod in self.staying if pod.failing]
+
+    @property
+    def lost(self) -> list[ObservedPod]:
+        """Replicas that were lost and are not being deleted yet."""
+        return [pod for pod in self.observed.pods if pod.lost and not pod.deleting]
 
 
 def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
@@ -133,6 +140,14 @@ def _model_cached(situation: Situation) -> _Verdict:
     kind, uri = ConditionType.MODEL_CACHED, situation.service.spec.model.uri
     if loaded or (situation.target is not None and situation.target == situation.active):
         return _Verdict(kind, TRUE, "Loaded", f"{uri} is here")
+    mine = [pod for pod in situation.staying if pod.revision == situation.target]
+    for pod in mine:
+        if pod.reason == FETCH_FAILED:
+            return _Verdict(kind, FALSE, FETCH_FAILED, f"{uri}: {_pod_sentence(pod)}")
+    percents = [pod.fetched for pod in mine if pod.fetched is not None]
+    if percents or any(pod.reason == FETCHING for pod in mine):
+        so_far = f", {max(percents)} % so far" if percents else ""
+        return _Verdict(kind, FALSE, FETCHING, f"{uri} is being downloaded{so_far}")
     return _Verdict(kind, UNKNOWN, "NotLoadedYet", f"no replica has loaded {uri} yet")
 
 
@@ -142,9 +157,11 @@ def _replicas_ready(situation: Situation) -> _Verdict:
     if situation.ready >= wanted:
         return _Verdict(kind, TRUE, "AllReady", message)
     waiting = sorted(
-        (pod for pod in situation.staying if not pod.ready),
-        key=lambda pod: (pod.reason != CRASH_LOOP, pod.name),
+        [*(pod for pod in situation.staying if not pod.ready), *situation.lost],
+        key=lambda pod: (not pod.failing, not pod.lost, pod.name),
     )
+    if (rejected := situation.observed.rejected) is not None:
+        return _Verdict(kind, FALSE, "PodRejected", f"{message}; {rejected}")
     if not waiting:
         return _Verdict(kind, FALSE, "TooFewReplicas", message)
     first = waiting[0]
@@ -179,11 +196,13 @@ def _progressing(situation: Situation) -> _Verdict:
         wanted = situation.bounds.replicas
         message = f"revision {target} serves with {wanted} of {wanted} replicas"
         return _Verdict(kind, TRUE, "Complete", message)
+    if (rejected := situation.observed.rejected) is not None:
+        return _Verdict(kind, FALSE, "PodRejected", rejected)
     if failing := [pod for pod in situation.failing if pod.revision == target]:
         return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
     mine = [pod for pod in situation.staying if pod.revision == target]
     routable = sum(map(situation.observed.routable, mine))
-    others = len(situation.observed.pods) - len(mine)
+    others = sum(not pod.lost for pod in situation.observed.pods) - len(mine)
     message = f"revision {target}: {routable} of {situation.bounds.replicas} replicas take requests"
     if others:
         message += f"; {others} of other revisions still there"
@@ -196,8 +215,13 @@ def _degraded(situation: Situation) -> _Verdict:
     if situation.refusals:
         refusal = situation.refusals[0]
         return _Verdict(kind, TRUE, refusal.reason, _sentences(situation.refusals))
+    if (rejected := situation.observed.rejected) is not None:
+        return _Verdict(kind, TRUE, "PodRejected", rejected)
     if situation.failing:
         return _Verdict(kind, TRUE, "ReplicaFails", _pod_sentence(situation.failing[0]))
+    if situation.lost:
+        lost = situation.lost[0]
+        return _Verdict(kind, TRUE, lost.reason or "ReplicaLost", _pod_sentence(lost))
     served = situation.observed.status.active_revision is not None
     if served and situation.bounds.replicas and not situation.routable:
         return _Verdict(kind, TRUE, "NobodyServes", _ready(situation).message)

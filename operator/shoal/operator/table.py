@@ -9,9 +9,10 @@ from shoal.operator.observe import Observed
 
 
 def route_table(
-    service: InferenceService, observed: Observed, leaving: frozenset[str]
+    service: InferenceService, key: str, observed: Observed, leaving: frozenset[str]
 ) -> RouteTable:
-    """The table that should be in force; pods that are `leaving` are marked as draining.
+    """The table that should be in force under the service's `key`; pods that are `leaving` are
+    marked as draining. Replicas of several pods are known by their leader.
 
     A pod enters when it is ready for the first time and stays until it is gone, so that a
     router can tell when its last request has ended. Revisions share new requests by the number
@@ -21,7 +22,7 @@ def route_table(
     autoscaling = service.spec.autoscaling
     queue = (autoscaling and autoscaling.scale_to_zero) or ScaleToZeroSpec()
     table = RouteTable(
-        service=service.name,
+        service=key,
         models=service.model_ids,
         policy=routing.policy,
         session_header=routing.session_header,

@@ -1,13 +1,16 @@
 """Fields whose feature this release does not have: named, never ignored.
 
 The types hold every field of the API, so that a manifest written for a later release is
-understood; what would have no effect here is refused with its path and value.
+understood; what would have no effect here is refused with its path and value. A process of one
+machine has less than a pod: what only a cluster can give is refused there.
 """
 
 import json
 from collections.abc import Iterator
 
-from shoal.api.types import ApiModel, InferenceServiceSpec, RolloutStrategy
+from shoal.api.types import ApiModel, CacheType, InferenceServiceSpec, RolloutStrategy
+from shoal.operator.metadata import group_size
+from shoal.operator.platform import LOCAL, Platform
 
 MODEL_SCHEMES = ("py", "file", "hf")
 # Paths that must keep their default: attribute names of the spec.
@@ -16,28 +19,26 @@ _NOT_YET = (
     ("engine", "kv_cache_dtype"),
     ("engine", "speculative"),
     ("engine", "deterministic"),
-    ("parallelism", "tensor"),
-    ("parallelism", "pipeline"),
-    ("resources", "gpus_per_node"),
-    ("resources", "gpu_resource"),
-    ("resources", "shm"),
     ("autoscaling",),
     ("rollout", "in_flight"),
     ("rollout", "canary"),
     ("cost",),
-    ("cache",),
-    ("pod_overlay",),
 )
+_PARALLEL = (("parallelism", "tensor"), ("parallelism", "pipeline"), ("parallelism", "executor"))
+_GPUS = (("resources", "gpus_per_node"), ("resources", "gpu_resource"))
+_PODS_ONLY = (("resources", "shm"), ("pod_overlay",))
 _QUANTIZATION = ("auto", "none")
-_EXECUTORS = ("auto",)
 
 
-def unsupported(spec: InferenceServiceSpec) -> list[str]:
-    """One sentence a field of `spec` that asks for something not built yet; [] where none does."""
-    return [f"not supported yet: {field}" for field in _fields(spec)]
+def unsupported(spec: InferenceServiceSpec, platform: Platform = LOCAL) -> list[str]:
+    """One sentence a field of `spec` that asks for what is not there; [] where none does."""
+    return [
+        *(f"not supported yet: {field}" for field in _not_yet(spec, platform)),
+        *(f"only on Kubernetes: {field}" for field in _pods_only(spec, platform)),
+    ]
 
 
-def _fields(spec: InferenceServiceSpec) -> Iterator[str]:
+def _not_yet(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
     scheme, separator, _ = spec.model.uri.partition("://")
     if separator and scheme not in MODEL_SCHEMES:
         yield f"spec.model.uri={spec.model.uri} (schemes: {', '.join(MODEL_SCHEMES)})"
@@ -45,11 +46,24 @@ def _fields(spec: InferenceServiceSpec) -> Iterator[str]:
         yield f"spec.model.revision={spec.model.revision} (only py:// and hf:// have revisions)"
     if spec.engine.quantization not in _QUANTIZATION:
         yield f"spec.engine.quantization={spec.engine.quantization}"
-    if spec.parallelism.executor not in _EXECUTORS:
-        yield f"spec.parallelism.executor={spec.parallelism.executor}"
     if spec.rollout.strategy is not RolloutStrategy.ROLLING_UPDATE:
         yield f"spec.rollout.strategy={spec.rollout.strategy}"
     for path in _NOT_YET:
+        yield from _differs(spec, path)
+    if not (platform.multi_node and group_size(spec) > 1):
+        for path in _PARALLEL:
+            yield from _differs(spec, path)
+    if not (platform.gpus and spec.resources.gpus_per_node):
+        for path in _GPUS:
+            yield from _differs(spec, path)
+
+
+def _pods_only(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
+    if not platform.processes:
+        return
+    if spec.cache.type is CacheType.PVC:
+        yield f"spec.cache.type={spec.cache.type} (here: None or HostPath)"
+    for path in _PODS_ONLY:
         yield from _differs(spec, path)
 
 

@@ -1,8 +1,10 @@
 """A pod manifest as a process: what of it counts on one machine.
 
-Command, arguments and environment of the container are run as they stand. Where pods in a
+Command, arguments and SHOAL_ environment of the container are run as they stand. Where pods in a
 cluster have an address each, processes share one: host and ports come from the environment
-instead. The image is ignored, `python` is the interpreter that runs the supervisor.
+instead. A cache on the host is the folder itself; without one the machine's own stands, and a
+worker downloads what it lacks. The image is ignored, `python` is the interpreter that runs the
+supervisor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,8 +57,9 @@ class Container:
 
 def worker_container(pod: Pod, service: str, settings: SupervisorSettings) -> Container:
     """The worker that the planner made a manifest for."""
-    container = pod.manifest["spec"]["containers"][0]
-    said = {entry["name"]: entry["value"] for entry in container["env"]}
+    spec = pod.manifest["spec"]
+    container = spec["containers"][0]
+    said = _environment(spec["volumes"], container)
     return Container(
         name=pod.name,
         role=ROLE_LEADER,
@@ -100,6 +103,24 @@ def router_container(
         readiness=Probe("", period=1.0, timeout=2.0, failures=3),
         fixed_ports={"http": http_port, "grpc": grpc_port},
     )
+
+
+def _environment(
+    volumes: Sequence[Mapping[str, Any]], container: Mapping[str, Any]
+) -> dict[str, str]:
+    """What the container says to Shoal, with the folders of mounts as they are on this machine."""
+    folders = {volume["name"]: volume.get("hostPath", {}).get("path") for volume in volumes}
+    places = {mount["mountPath"]: folders[mount["name"]] for mount in container["volumeMounts"]}
+    found = {}
+    for entry in container["env"]:
+        name, value = entry["name"], entry["value"]
+        mount = next((m for m in places if value == m or value.startswith(f"{m}/")), None)
+        if mount is not None:
+            if (folder := places[mount]) is not None:
+                found[name] = folder + value.removeprefix(mount)
+        elif name.startswith("SHOAL_"):
+            found[name] = value
+    return found
 
 
 def _argv(command: Sequence[str], python: str) -> tuple[str, ...]:

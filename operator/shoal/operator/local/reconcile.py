@@ -29,6 +29,7 @@ from shoal.operator.plan import (
     plan,
     plan_removal,
 )
+from shoal.operator.platform import LOCAL
 from shoal.operator.revision import Revision
 
 # The conditions that are announced, each with the status that means trouble.
@@ -67,7 +68,7 @@ class Reconciler:
         if self._rests(name, inputs, now):
             return False, []
         observed = self._observe(name, claims, views)
-        decided = plan(service, observed, now)
+        decided = plan(service, observed, now, LOCAL)
         for action in decided.actions:
             self._perform(name, action)
         document = decided.status.model_dump(by_alias=True, mode="json", exclude_none=True)

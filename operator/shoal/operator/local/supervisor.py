@@ -26,6 +26,7 @@ from shoal.operator.local.router_client import RouterClient
 from shoal.operator.local.settings import NotAnAddress, PortTaken, SupervisorSettings, Update
 from shoal.operator.local.store import ROUTER_POD, Store
 from shoal.operator.observe import RouterView
+from shoal.operator.platform import LOCAL
 
 INTERRUPTED = 130
 _LEFTOVER_SECONDS = 5.0
@@ -145,7 +146,7 @@ class _Supervisor:
         """Looks at every service once; whether there may be more to do at once."""
         with self._mishaps.around("reading the services"):
             self._read_services()
-        owned = claims(self._services.values())
+        owned = claims(self._services.values(), LOCAL)
         now = self._clock()
         busy = False
         for name, service in self._services.items():
