@@ -22,15 +22,16 @@ def write_image(
     *,
     files: Mapping[str, Path] | None = None,
     entrypoint: Sequence[str] = (),
-    search: str = SYSTEM_PATH,
+    environ: Mapping[str, str] | None = None,
     host_root: bool = False,
 ) -> None:
-    """An image of `files` (destination -> source), with `search` as PATH.
+    """An image of `files` (destination -> source) and `environ`.
 
     `host_root` adds an empty root with merged-/usr links, into which the runtime binds the
     host's user land.
     """
     layer = _layer(files or {}, host_root)
+    variables = {"PATH": SYSTEM_PATH, **(environ or {})}
     digest = hashlib.sha256(layer).hexdigest()
     config = json.dumps(
         {
@@ -38,7 +39,7 @@ def write_image(
             "os": "linux",
             "created": "1970-01-01T00:00:00Z",
             "config": {
-                "Env": [f"PATH={search}"],
+                "Env": [f"{key}={it}" for key, it in variables.items()],
                 "Entrypoint": list(entrypoint) or None,
                 "WorkingDir": "/",
             },

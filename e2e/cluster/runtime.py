@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from e2e.cluster import wheels
 from e2e.cluster.archive import SYSTEM_PATH, write_image
 from e2e.cluster.command import attempt, run, wait_for
 from e2e.cluster.layout import CHECKOUT, ClusterError, Layout
@@ -69,8 +70,8 @@ def import_own_images(layout: Layout, binaries: Path) -> None:
     """The pause and CoreDNS programs, and the root that worker pods run in."""
     images = layout.run / "images"
     images.mkdir(exist_ok=True)
-    search = f"{Path(sys.prefix) / 'bin'}:{SYSTEM_PATH}"
-    write_image(images / "base.tar", BASE_IMAGE, search=search, host_root=True)
+    environ = {"PATH": f"{Path(sys.prefix) / 'bin'}:{SYSTEM_PATH}", **wheels.environ()}
+    write_image(images / "base.tar", BASE_IMAGE, environ=environ, host_root=True)
     for name in ("pause", "coredns"):
         write_image(
             images / f"{name}.tar",

@@ -21,6 +21,11 @@ INDEX_URL: Final = f"http://{NODE_IP}:{WHEEL_PORT}/simple"
 DOWNLOAD_SECONDS: Final = 600.0
 
 
+def environ() -> dict[str, str]:
+    """What makes pip in a pod ask this index."""
+    return {"PIP_INDEX_URL": INDEX_URL, "PIP_TRUSTED_HOST": NODE_IP}
+
+
 def folder(layout: Layout) -> Path:
     return layout.cache / "wheels"
 
