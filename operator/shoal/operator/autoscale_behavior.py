@@ -1,11 +1,15 @@
 """How fast a wish for replicas may come true: stabilisation windows and rate policies. Pure.
 
 Kubernetes' pkg/controller/podautoscaler/horizontal.go (1.35): `stabilize` is
-stabilizeRecommendationWithBehaviors, `limit` is convertDesiredReplicasWithBehaviorRate. The one
-difference is the memory: Kubernetes keeps every recommendation of the window in the process; here
-only those are kept that can still be the largest or the smallest of a window, and changes of the
-number of replicas can be written down, so that a restart forgets neither.
-"""
+stabilizeRecommendationWithBehaviors, `limit` is convertDesiredReplicasWithBehaviorRate. What it
+decides for the same wishes is the same (tests replay its decisions); the memory differs:
+
+| Kubernetes | here | why |
+|---|---|---|
+| keeps every recommendation | only what can still be the largest or smallest of a window | the same decisions from a handful of numbers |
+| may forget a change once the longest period of its own direction is over | keeps it for the longest period of both | a policy for scaling up looks back at what was taken away, too |
+| all is lost at a restart | changes can be written down | limits hold over restarts |
+"""  # noqa: E501
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

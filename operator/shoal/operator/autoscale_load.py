@@ -23,7 +23,9 @@ TTFT_WINDOW_SECONDS = 30.0
 TTFT_SNAPSHOT_SECONDS = 5.0
 TTFT_SAMPLES = 5  # fewer say nothing about a 95th percentile
 
-NO_FIGURES: Mapping[str, float] = MappingProxyType({})
+
+def _no_figures() -> Mapping[str, float]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,10 @@ class RouterReport:
     at: float
     queued: int = 0
     idle_seconds: float = 0.0  # since it last had a request; 0 while it has any
-    in_flight: Mapping[str, float] = NO_FIGURES  # sequences, by replica
-    kv: Mapping[str, float] = NO_FIGURES  # share of KV blocks in use, by replica
+    in_flight: Mapping[str, float] = field(default_factory=_no_figures)  # sequences, by replica
+    kv: Mapping[str, float] = field(
+        default_factory=_no_figures
+    )  # share of KV blocks in use, by replica
     ttft: Durations = field(default_factory=Durations)  # since the router started
 
 
