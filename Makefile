@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean e2e
+.PHONY: help demo test lint verify generate bench bench-router clean e2e images
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,8 +36,12 @@ demo: $(VENV)/run.stamp ## serve a small real model on this machine and ask it s
 test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
 
-e2e: $(VENV)/dev.stamp ## real processes under load and faults: shoal up, openai client, kill -9
-	@$(BIN)/python -m pytest e2e
+e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
+	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes
+	@$(BIN)/python -m pytest e2e/kubernetes
+
+images: ## container images of router, operator and worker (docker, podman or buildah; see images/)
+	@images/build.sh
 
 lint: $(VENV)/dev.stamp ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -59,5 +63,6 @@ bench: $(VENV)/dev.stamp ## W1 to W4 against the peers that are installed; resul
 bench-router: $(VENV)/dev.stamp ## router overhead against a worker that answers at once
 	$(BIN)/python -m bench.router
 
-clean: ## remove the environments and caches
-	rm -rf .venv .boot .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## remove the environments and caches, and the test cluster if one runs
+	@test ! -e e2e/cluster/.run || $(BIN)/python -m e2e.cluster down
+	rm -rf .venv .boot .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache e2e/cluster/.last-logs e2e/cluster/.evidence
