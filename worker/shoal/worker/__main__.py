@@ -21,7 +21,7 @@ from typing import Never
 
 from shoal.api import names
 from shoal.api.lifeline import watch_lifeline
-from shoal.worker import logs
+from shoal.worker import last_words, logs
 from shoal.worker.config import EngineConfig
 from shoal.worker.flags import add_engine_flags, engine_config
 from shoal.worker.host import share_cores
@@ -73,7 +73,7 @@ async def run(options: Options) -> int:
             await server.start()
             web, metrics_port = metrics.listen(options.server.host, options.metrics_port)
     except OSError as error:
-        log.error("%s", _listen_problem(error, options))
+        _fatal(_listen_problem(error, options))
         await server.stop()
         return 1
     event(log, "listening", grpc=server.address, metrics=f"{options.server.host}:{metrics_port}")
@@ -105,7 +105,7 @@ async def _serve_until(
     failed = asyncio.create_task(server.failed.wait())
     await asyncio.wait((stop, failed), return_when=asyncio.FIRST_COMPLETED)
     if failed.done():
-        log.error("%s", server.failure)
+        _fatal(server.failure)
         return 1
     failed.cancel()
     event(log, "draining", deadline=drain_seconds)
@@ -123,11 +123,18 @@ def _result(loading: asyncio.Task[Loaded]) -> Loaded | None:
     try:
         return loading.result()
     except (SourceError, ValueError, OSError, MemoryError) as error:
-        log.error("cannot serve: %s", str(error) or type(error).__name__)
+        _fatal(f"cannot serve: {str(error) or type(error).__name__}")
         log.debug("the traceback", exc_info=error)
-    except Exception:
+    except Exception as error:
         log.exception("cannot serve")
+        last_words.say(f"cannot serve: {type(error).__name__}: {error}")
     return None
+
+
+def _fatal(words: str) -> None:
+    """Why this process ends: for the log, and for the pod's status."""
+    log.error("%s", words)
+    last_words.say(words)
 
 
 def _stop_on_signals() -> asyncio.Future[int]:

@@ -11,12 +11,27 @@ from types import MappingProxyType
 from typing import Final
 
 from shoal.api.names import ENV_CACHE_DIR
-from shoal.worker.sources.base import Fetch, ModelFiles, Progress, SourceError
+from shoal.worker.sources.base import (
+    Fetch,
+    ModelFiles,
+    ModelNotFound,
+    NoSpace,
+    Progress,
+    SourceError,
+)
 from shoal.worker.sources.huggingface import fetch_hub
 from shoal.worker.sources.local import fetch_file_uri, fetch_path
 from shoal.worker.sources.python_package import fetch_package
 
-__all__ = ["ModelFiles", "Progress", "SourceError", "default_cache_dir", "resolve"]
+__all__ = [
+    "ModelFiles",
+    "ModelNotFound",
+    "NoSpace",
+    "Progress",
+    "SourceError",
+    "default_cache_dir",
+    "resolve",
+]
 
 Source = Callable[[Fetch], ModelFiles]
 

@@ -10,7 +10,16 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from shoal.worker.sources.base import Fetch, ModelFiles, SourceError, checked_revision, single_gguf
+from shoal.worker.sources.base import (
+    Fetch,
+    ModelFiles,
+    ModelNotFound,
+    SourceError,
+    checked_revision,
+    no_space,
+    out_of_space,
+    single_gguf,
+)
 
 _LOCATION = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>[\w./-]+\.gguf))?"
@@ -42,11 +51,35 @@ def fetch_hub(fetch: Fetch) -> ModelFiles:
             f"{fetch.uri}: not in the Hub's cache and the Hub cannot be reached; fetch it where"
             " there is a network (shoal fetch) and bring HF_HOME along, or name a file:// path"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceError(f"{fetch.uri}: {reason}") from error
+    except (HfHubHTTPError, HFValidationError, OSError, RuntimeError) as error:
+        raise _refused(error, match["repo"], revision, fetch) from error
     fetch.progress(f"have {match['repo']}", 1.0)
     return ModelFiles(path, fetch.uri, _commit(path))
+
+
+def _refused(error: Exception, repo: str, revision: str | None, fetch: Fetch) -> SourceError:
+    """The sentence for what the Hub or its client say. RuntimeError is the Xet client's."""
+    from huggingface_hub import constants, errors
+
+    if out_of_space(error):
+        return no_space(fetch, Path(constants.HF_HUB_CACHE))
+    match error:
+        case errors.GatedRepoError():
+            return ModelNotFound(
+                f"{fetch.uri}: {repo} is gated: accept its terms on the Hub, then give a token of"
+                " that account in HF_TOKEN"
+            )
+        case errors.RepositoryNotFoundError():
+            return ModelNotFound(
+                f"{fetch.uri}: the Hub has no model {repo}, or it is private: then give a token"
+                " that may read it in HF_TOKEN"
+            )
+        case errors.RevisionNotFoundError():
+            return ModelNotFound(f"{fetch.uri}: {repo} has no branch, tag or commit {revision}")
+        case errors.EntryNotFoundError():
+            return ModelNotFound(f"{fetch.uri}: {repo} has no such file")
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return SourceError(f"{fetch.uri}: {reason}")
 
 
 def _download_file(repo: str, file: str, revision: str | None, fetch: Fetch) -> Path:

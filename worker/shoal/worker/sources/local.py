@@ -3,7 +3,13 @@
 from pathlib import Path
 from urllib.parse import unquote
 
-from shoal.worker.sources.base import Fetch, ModelFiles, SourceError, model_in_directory
+from shoal.worker.sources.base import (
+    Fetch,
+    ModelFiles,
+    ModelNotFound,
+    SourceError,
+    model_in_directory,
+)
 
 
 def fetch_path(fetch: Fetch) -> ModelFiles:
@@ -36,4 +42,4 @@ def _found(path: Path, fetch: Fetch) -> ModelFiles:
         return ModelFiles(path, fetch.uri)
     if path.is_dir():
         return ModelFiles(model_in_directory(path, fetch), fetch.uri)
-    raise SourceError(f"{fetch.uri}: no such file or directory: {path}")
+    raise ModelNotFound(f"{fetch.uri}: no such file or directory: {path}")

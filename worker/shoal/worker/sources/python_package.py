@@ -13,9 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fcntl import LOCK_EX, LOCK_NB, flock
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
@@ -24,12 +21,16 @@ from shoal.worker.sources.base import (
     ModelFiles,
     SourceError,
     checked_revision,
+    no_space,
+    out_of_space,
     single_gguf,
 )
+from shoal.worker.sources.lock import locked
 
 _PACKAGE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+# pip's own lines, and the last line of a traceback of its own.
+_COMPLAINT = re.compile(r"(ERROR|WARNING):|\w+(\.\w+)*(Error|Exception)\b.*|.*No module named")
 _PROGRESS = re.compile(r"Progress (\d+) of (\d+)")
-_LOCK_POLL_SECONDS = 0.1
 
 
 def fetch_package(fetch: Fetch) -> ModelFiles:
@@ -88,40 +89,31 @@ def _install(root: Path, package: str, version: str | None, fetch: Fetch) -> Dis
     deadline = time.monotonic() + fetch.deadline_seconds
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f".{package}.lock", fetch, deadline):
+        with locked(root / f".{package}.lock", fetch, deadline) as alone:
             found = _cached(root, package, version)
             if found is not None:
                 return found
+            if alone:
+                _clear(root, package)
             with tempfile.TemporaryDirectory(prefix=f".{package}-", dir=root) as scratch:
                 target = Path(scratch) / "target"
                 _run_pip(package, version, target, fetch, deadline)
                 return _publish(root, package, target, fetch)
     except OSError as error:
+        if out_of_space(error):
+            raise no_space(fetch, fetch.cache_dir) from error
         raise SourceError(
             f"{fetch.uri}: the cache directory {fetch.cache_dir} is of no use: {error};"
-            " free space there or set SHOAL_CACHE_DIR to another directory"
+            " make it writable or set SHOAL_CACHE_DIR to another directory"
         ) from error
 
 
-@contextmanager
-def _locked(path: Path, fetch: Fetch, deadline: float) -> Iterator[None]:
-    with path.open("w") as file:
-        told = False
-        while True:
-            try:
-                flock(file, LOCK_EX | LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise SourceError(
-                        f"{fetch.uri}: another process has been installing it for more than"
-                        f" {fetch.deadline_seconds:.0f} s (lock {path})"
-                    ) from None
-                if not told:
-                    fetch.progress("waiting for another process that installs it", None)
-                    told = True
-                time.sleep(_LOCK_POLL_SECONDS)
-        yield
+def _clear(root: Path, package: str) -> None:
+    """Removes what a killed install left. Whoever calls holds the package's lock."""
+    left = re.compile(rf"\.{re.escape(package)}-[a-z0-9_]{{8}}")  # as tempfile names folders
+    for folder in root.iterdir():
+        if left.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_pip(
@@ -140,7 +132,8 @@ def _run_pip(
         stderr=subprocess.STDOUT,
         text=True,
         # `--target` and `--user` exclude each other, and a user's pip.conf may set the latter.
-        env={**os.environ, "PIP_USER": "0"},
+        # pip unpacks in TMPDIR and moves: within one volume that is a rename.
+        env={**os.environ, "PIP_USER": "0", "TMPDIR": str(target.parent)},
     )
     assert process.stdout is not None
     late = threading.Timer(max(0.0, deadline - time.monotonic()), process.kill)
@@ -152,7 +145,7 @@ def _run_pip(
             if done:
                 share = int(done[1]) / max(1, int(done[2]))
                 fetch.progress(f"downloading {requirement}", share)
-            elif line.startswith(("ERROR:", "WARNING:")) or "No module named" in line:
+            elif _COMPLAINT.match(line):
                 complaints.append(line.strip())
         code = process.wait()
     finally:
@@ -162,6 +155,8 @@ def _run_pip(
         process.stdout.close()
     if code == 0:
         return
+    if any(map(out_of_space, complaints)):
+        raise no_space(fetch, fetch.cache_dir)
     if time.monotonic() >= deadline:
         reason = f"the download took longer than {fetch.deadline_seconds:.0f} s"
     else:
@@ -178,7 +173,9 @@ def _publish(root: Path, package: str, target: Path, fetch: Fetch) -> Distributi
         raise SourceError(f"{fetch.uri}: pip installed {package} without any metadata")
     version = installed.version  # read before the rename: the metadata is looked up lazily
     home = root / f"{package}-{version}"
-    # What is in the way was not readable as this package, or it had been taken from the cache.
+    if (there := _cached(root, package, version)) is not None:
+        return there  # somebody without the lock was faster
+    # What is in the way was not readable as this package.
     shutil.rmtree(home, ignore_errors=True)
     target.rename(home)
     fetch.progress(f"installed {package} {version}", 1.0)
