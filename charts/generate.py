@@ -18,7 +18,7 @@ from charts.dashboard import dashboard
 from charts.values_schema import ValuesError, read_values, values_schema, values_table
 from e2e.tools import ToolError, helm
 from shoal.api.crd import build_crd
-from shoal.api.generate import settle, write
+from shoal.api.generate import settle
 
 CHART = Path("charts/shoal")
 CRDS_CHART = Path("charts/shoal-crds")
@@ -47,11 +47,13 @@ def generated_files(root: Path) -> dict[Path, str]:
     }
 
 
-def render(root: Path, *arguments: str) -> str:
+def _render(root: Path) -> str:
     """What `helm template` prints for the chart. Raises RenderError and ToolError."""
+    # The schema on disk is generated too, and may be older than the values.
     command = [str(helm()), "template", "shoal", str(root / CHART), "--namespace", NAMESPACE]
+    command.append("--skip-schema-validation")
     done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=RENDER_SECONDS, check=False
+        command, capture_output=True, text=True, timeout=RENDER_SECONDS, check=False
     )
     if done.returncode:
         raise RenderError(f"helm: {done.stderr.strip()}")
@@ -83,7 +85,7 @@ def _install(root: Path) -> str:
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     rendered = "".join(
         line
-        for line in render(root).splitlines(keepends=True)
+        for line in _render(root).splitlines(keepends=True)
         if not line.strip().startswith(_HELM_ONLY)
     )
     return _HEADER.format(CHART) + "---\n" + yaml.safe_dump(namespace, sort_keys=False) + rendered
@@ -96,10 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     root = Path(__file__).resolve().parents[1]
     try:
-        # The manifests are rendered under the schema, so that goes first.
-        values = {**_values_files(root, CHART), **_values_files(root, CRDS_CHART)}
-        if not options.check:
-            write(root, values)
         return settle(root, generated_files(root), check=options.check)
     except (RenderError, ToolError, ValuesError) as error:
         print(error, file=sys.stderr)

@@ -125,7 +125,7 @@ annotations:
   verbs: [get, list, watch]
 - apiGroups: [serving.shoal.dev]
   resources: [inferenceservices/status]
-  verbs: [get, patch, update]
+  verbs: [patch]
 - apiGroups: [""]
   resources: [pods, services, configmaps]
   verbs: [get, list, watch, create, patch, delete]
@@ -135,7 +135,7 @@ annotations:
 {{- if .Values.featureGates.MultiNode }}
 - apiGroups: [""]
   resources: [secrets] # the token of a group of pods
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, create, delete]
 {{- end }}
 - apiGroups: [apps]
   resources: [controllerrevisions]
@@ -145,10 +145,15 @@ annotations:
   verbs: [get, list, watch, create, patch, delete]
 - apiGroups: [monitoring.coreos.com]
   resources: [podmonitors]
-  verbs: [get, list, watch, create, patch, delete]
-- apiGroups: ["", events.k8s.io]
+  verbs: [get, list, create, patch, delete]
+- apiGroups: [""]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [get, create, patch]
+{{- if not .Values.namespaces }}
+- apiGroups: [""]
+  resources: [nodes] # whether one is lost
+  verbs: [get, list, watch]
+{{- end }}
 {{- end }}
 
 {{- define "shoal.router.rules" -}}

@@ -1,0 +1,184 @@
+"""The optional objects: what makes them, what is in them, what a wrong value is told."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+if TYPE_CHECKING:
+    from tests.charts.conftest import Render
+
+TLS = ("router.tls.enabled=true", "router.tls.secretName=mine")
+ISSUER = (
+    "router.tls.enabled=true",
+    "router.tls.certManager.enabled=true",
+    "router.tls.certManager.issuerRef.name=ca",
+    "router.tls.certManager.issuerRef.kind=ClusterIssuer",
+    "router.tls.certManager.dnsNames={llm.example.com}",
+)
+
+
+def test_a_given_certificate_is_served(render: "Render") -> None:
+    """The Secret is mounted where the flags point, and probes speak HTTPS."""
+    rendering = render(*TLS)
+    assert {"name": "tls", "secret": {"secretName": "mine"}} in rendering.pod("router")["volumes"]
+    container = rendering.container("router")
+    assert {"name": "tls", "mountPath": "/etc/shoal/tls", "readOnly": True} in container[
+        "volumeMounts"
+    ]
+    assert container["readinessProbe"]["httpGet"]["scheme"] == "HTTPS"
+    assert not rendering.of("Certificate")
+
+
+def test_cert_manager_is_asked_for_the_routers_names(render: "Render") -> None:
+    """The certificate covers the Service and the names that the user adds."""
+    rendering = render(*ISSUER)
+    spec = rendering.one("Certificate", "shoal-router")["spec"]
+    assert spec["issuerRef"] == {"name": "ca", "kind": "ClusterIssuer", "group": "cert-manager.io"}
+    assert spec["dnsNames"][-2:] == ["shoal-router.shoal-system.svc", "llm.example.com"]
+    mounted = {"name": "tls", "secret": {"secretName": spec["secretName"]}}
+    assert mounted in rendering.pod("router")["volumes"]
+
+
+def test_an_hpa_owns_the_number_of_routers(render: "Render") -> None:
+    """With autoscaling the Deployment names no number, else an upgrade would reset it."""
+    rendering = render("router.autoscaling.enabled=true", "router.autoscaling.maxReplicas=4")
+    assert "replicas" not in rendering.one("Deployment", "shoal-router")["spec"]
+    spec = rendering.one("HorizontalPodAutoscaler", "shoal-router")["spec"]
+    assert (spec["minReplicas"], spec["maxReplicas"]) == (2, 4)
+    assert spec["scaleTargetRef"]["name"] == "shoal-router"
+
+
+def test_an_ingress_leads_to_the_router(render: "Render") -> None:
+    """Every path of every host goes to the Service's HTTP port."""
+    rendering = render("ingress.enabled=true", "ingress.hosts={a.example,b.example}")
+    rules = rendering.one("Ingress", "shoal-router")["spec"]["rules"]
+    assert [rule["host"] for rule in rules] == ["a.example", "b.example"]
+    (path,) = rules[0]["http"]["paths"]
+    assert path["backend"]["service"] == {"name": "shoal-router", "port": {"name": "http"}}
+
+
+def test_a_gateway_route_has_no_time_limit(render: "Render") -> None:
+    """Streams may last; the route names the Service's own port."""
+    rendering = render(
+        "httpRoute.enabled=true", "httpRoute.parentRefs[0].name=gw", "router.service.port=8080"
+    )
+    (rule,) = rendering.one("HTTPRoute", "shoal-router")["spec"]["rules"]
+    assert rule["backendRefs"] == [{"name": "shoal-router", "port": 8080}]
+    assert rule["timeouts"] == {"request": "0s"}
+
+
+def test_engines_are_reached_by_routers_alone(render: "Render") -> None:
+    """In every listed namespace the engine's port is open to the release's routers only."""
+    rendering = render("networkPolicy.enabled=true", "namespaces={a,b}")
+    policies = [
+        p for p in rendering.of("NetworkPolicy") if p["metadata"]["name"] == "shoal-workers"
+    ]
+    assert [policy["metadata"]["namespace"] for policy in policies] == ["a", "b"]
+    engine = policies[0]["spec"]["ingress"][0]
+    assert engine["ports"] == [{"protocol": "TCP", "port": 9000}]
+    (peer,) = engine["from"]
+    assert peer["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": "shoal-system"
+    }
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+
+
+def test_clients_are_narrowed_without_shutting_the_operator_out(render: "Render") -> None:
+    """With clients listed, the operator still asks routers for their load, and scrapers scrape."""
+    rendering = render(
+        "networkPolicy.enabled=true",
+        "networkPolicy.clients[0].podSelector.matchLabels.app=web",
+        "networkPolicy.scrapers[0].namespaceSelector.matchLabels.name=monitoring",
+    )
+    ingress = rendering.one("NetworkPolicy", "shoal-router")["spec"]["ingress"]
+    ports = [[port["port"] for port in rule["ports"]] for rule in ingress]
+    assert ports == [[8000, 8001], [8001], [8000]]
+    (peer,) = ingress[1]["from"]
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "operator"
+
+
+def test_monitors_find_the_ports(render: "Render") -> None:
+    """The named ports of the monitors exist at the Service and at the pod."""
+    rendering = render("monitoring.enabled=true", "monitoring.labels.release=prom", *TLS)
+    router = rendering.one("ServiceMonitor", "shoal-router")
+    operator = rendering.one("PodMonitor", "shoal-operator")
+    (endpoint,) = router["spec"]["endpoints"]
+    service = rendering.one("Service", "shoal-router")
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    assert endpoint["scheme"] == "https"
+    assert (
+        router["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    )
+    (endpoint,) = operator["spec"]["podMetricsEndpoints"]
+    ports = rendering.container("operator")["ports"]
+    assert endpoint["port"] in [port["name"] for port in ports]
+    assert router["metadata"]["labels"]["release"] == "prom"
+
+
+def test_alerts_have_the_users_limits_and_labels(render: "Render") -> None:
+    """Limits come from the values, a user's label does not displace the severity by accident."""
+    rendering = render(
+        "monitoring.alerts.enabled=true",
+        "monitoring.alerts.queueDepth=7",
+        "monitoring.alerts.labels.team=llm",
+    )
+    groups = rendering.one("PrometheusRule", "shoal")["spec"]["groups"]
+    rules = {rule["alert"]: rule for group in groups for rule in group["rules"]}
+    assert rules["ShoalQueueLong"]["expr"].endswith("> 7")
+    assert rules["ShoalQueueLong"]["labels"] == {"severity": "warning", "team": "llm"}
+    assert "{{ $labels.service }}" in rules["ShoalQueueLong"]["annotations"]["summary"]
+    assert all({"summary", "description"} == set(rule["annotations"]) for rule in rules.values())
+
+
+def test_the_dashboard_is_found_by_grafana(render: "Render") -> None:
+    """The ConfigMap carries the sidecar's label and a whole dashboard."""
+    config = render("monitoring.dashboard.enabled=true").one("ConfigMap", "shoal-dashboard")
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+    board = json.loads(config["data"]["shoal.json"])
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+    assert len({panel["id"] for panel in board["panels"]}) == len(places)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (("operator.replcas=2",), "additional properties 'replcas' not allowed"),
+        (("operator.replicas=two",), "got string, want integer"),
+        (("operator.replicas=-1",), "minimum"),
+        (("logFormat=xml",), "must be one of 'text', 'json'"),
+        (("router.image.digest=latest",), "does not match pattern"),
+        (("featureGates.MultiNode=perhaps",), "want boolean"),
+        (("featureGates.Warp=true",), "additional properties 'Warp' not allowed"),
+        (("router.tls.enabled=true",), "router.tls.secretName must name a Secret"),
+        (("ingress.enabled=true",), "ingress.hosts must name at least one host"),
+        (("httpRoute.enabled=true",), "httpRoute.parentRefs must name at least one Gateway"),
+        (
+            ("router.tls.enabled=true", "router.tls.certManager.enabled=true"),
+            "router.tls.certManager.issuerRef.name must name an Issuer",
+        ),
+        (
+            ("router.serviceAccount.create=false",),
+            "router.serviceAccount.name must name an account that exists",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused(
+    render: "Render", assignments: tuple[str, ...], said: str
+) -> None:
+    """Helm names the value and what it should be, before anything is installed."""
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        render(*assignments)
+
+
+def test_the_crd_outlives_its_chart(run_helm: Callable[..., str]) -> None:
+    """helm uninstall leaves the type, and with it all services."""
+    text = run_helm("template", "crds", Path(__file__).parents[2] / "charts/shoal-crds")
+    (crd,) = yaml.safe_load_all(text)
+    assert crd["kind"] == "CustomResourceDefinition"
+    assert crd["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
