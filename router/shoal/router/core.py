@@ -89,6 +89,11 @@ class RouterCore:
         """What the service's replicas said of their model; None before the first of them."""
         return self._service(service).texts.model(None)
 
+    def known_text(self, service: str) -> TextModel | None:
+        """What `text` gives where it need not wait, else None. Raises GenerationError 404."""
+        found = self._service(service)
+        return found.texts.text(found.dispatcher.selection.draw(self._rng.random()))
+
     async def text(
         self,
         service: str,
@@ -99,11 +104,10 @@ class RouterCore:
 
         Hand it on as `GenerationRequest.text`. Raises GenerationError: 404, 429, 503.
         """
-        found = self._service(service)
-        revision = found.dispatcher.selection.draw(self._rng.random())
-        text = found.texts.text(revision)
+        text = self.known_text(service)
         if text is not None:
             return text
+        found = self._service(service)
         limit = found.table.queue_timeout_seconds if timeout is None else timeout
         return await self._await_text(found, limit)
 

@@ -14,7 +14,7 @@ generated ids elsewhere (see `dispatch`) and keeps delivering here. One event lo
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -95,6 +95,10 @@ class Sample:
         self.last_at = 0.0  # when the last token came; 0: none yet
 
 
+def _nobody() -> None:
+    """Nobody listens yet."""
+
+
 class Canceller(Protocol):
     """Who runs a generation, told that nobody wants (a sample of) it any more."""
 
@@ -109,7 +113,7 @@ class Generation:
         "_closed",
         "_error",
         "_ready",
-        "_waiter",
+        "_wake",
         "arrived_at",
         "endpoint",
         "first_at",
@@ -131,7 +135,7 @@ class Generation:
         self.endpoint = ""  # and its name
         self._canceller = canceller
         self._ready: list[Output] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake: Callable[[], object] = _nobody
         self._error: GenerationError | None = None
         self._closed = False  # cancelled as a whole
 
@@ -149,23 +153,34 @@ class Generation:
         """Nothing more will come from replicas: finished, failed or cancelled."""
         return self._closed or not self.unfinished or self._error is not None
 
-    async def next(self) -> list[Output]:
-        """Waits until something is there and returns all of it, at most one output a sample.
+    def listen(self, wake: Callable[[], object]) -> None:
+        """From now on `wake` is called, on the event loop, whenever `take` has something new to
+        say, and now where it has already. One listener at a time; it must not raise."""
+        self._wake = wake
+        if self._ready or self.settled:
+            wake()
 
-        Never returns an empty list. Raises GenerationError when the request has failed (after
-        everything that came before), or was cancelled. One reader at a time.
+    def take(self) -> list[Output]:
+        """All that is there, at most one output a sample; [] where nothing is, yet.
+
+        Raises GenerationError when the request has failed (after everything that came before),
+        was cancelled, or is done.
         """
-        while not self._ready:
-            if self._error is not None:
-                raise self._error
-            if self._closed or not self.unfinished:
-                raise GenerationError(499, "cancelled", "the request was cancelled or is done")
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        outputs, self._ready = self._ready, []
+        outputs = self._ready
+        if outputs:
+            self._ready = []
+        elif self._error is not None:
+            raise self._error
+        elif self._closed or not self.unfinished:
+            raise GenerationError(499, "cancelled", "the request was cancelled or is done")
+        return outputs
+
+    async def next(self) -> list[Output]:
+        """Waits until `take` has something. Never returns an empty list."""
+        while not (outputs := self.take()):
+            news = asyncio.Event()
+            self.listen(news.set)
+            await news.wait()
         return outputs
 
     def cancel(self, index: int | None = None) -> None:
@@ -202,16 +217,10 @@ class Generation:
                 break
         else:
             self._ready.append(output)
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        self._wake()
 
     def fail(self, error: GenerationError) -> None:
         """Ends the request with an error, which `next` raises."""
         if not self.settled:
             self._error = error
             self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)

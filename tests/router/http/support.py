@@ -95,6 +95,9 @@ class FakeCore:
     def session_header(self, service: str) -> str:
         return "x-session-id"
 
+    def known_text(self, service: str) -> TextModel | None:
+        return None
+
     async def text(self, service: str, timeout: float | None = None) -> TextModel:  # noqa: ASYNC109
         return self.text_model
 

@@ -29,8 +29,11 @@ class Api:
         service = self.core.find(model_id)
         if service is None:
             raise model_not_found(model_id, self.core.models())
-        with exchange.given_up_on_hangup():
-            return service, await self.core.text(service, self.settings.model_timeout_seconds)
+        text = self.core.known_text(service)
+        if text is None:
+            with exchange.given_up_on_hangup():
+                text = await self.core.text(service, self.settings.model_timeout_seconds)
+        return service, text
 
 
 Handler = Callable[[Api, Exchange], Awaitable[None]]

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions."""
 
 from collections.abc import Callable
-from contextlib import aclosing
 
 import orjson
 
@@ -123,19 +122,18 @@ async def _whole(
     content: list[list[dict[str, object]]] = [[] for _ in run.streams]
     of_prompt: list[dict[str, dict[str, object]] | None] | None = None
     try:
-        async with aclosing(run.steps()) as wakeups:
-            async for steps in wakeups:
-                for choice, piece, output in steps:
-                    texts[choice] += piece
-                    shown = run.streams[choice].shown_ids
-                    if body.return_token_ids:
-                        token_ids[choice] += shown
-                    if body.logprobs:
-                        content[choice] += chat_logprobs(
-                            text.vocabulary, shown, output.logprobs, body.top_logprobs or 0
-                        )
-                    if output.prompt_logprobs is not None and of_prompt is None:
-                        of_prompt = prompt_logprobs(text.vocabulary, output.prompt_logprobs)
+        while not run.done:
+            for choice, piece, output in await run.next():
+                texts[choice] += piece
+                shown = run.streams[choice].shown_ids
+                if body.return_token_ids:
+                    token_ids[choice] += shown
+                if body.logprobs:
+                    content[choice] += chat_logprobs(
+                        text.vocabulary, shown, output.logprobs, body.top_logprobs or 0
+                    )
+                if output.prompt_logprobs is not None and of_prompt is None:
+                    of_prompt = prompt_logprobs(text.vocabulary, output.prompt_logprobs)
     finally:
         run.cancel()
     choices = []

@@ -1,7 +1,5 @@
 """POST /v1/completions."""
 
-from contextlib import aclosing
-
 import orjson
 
 from shoal.api.v1 import engine_pb2
@@ -181,24 +179,23 @@ async def _whole(exchange: Exchange, answer: _Answer, identity: tuple[str, int, 
     scores = [0.0] * count  # sums of logprobs
     seen: set[int] = set()
     try:
-        async with aclosing(run.steps()) as wakeups:
-            async for steps in wakeups:
-                for step in steps:
-                    choice, piece, output = step
-                    if choice not in seen and body.echo:
-                        texts[choice] = answer.prompt_text(choice)
-                        if (echoed := answer.prompt_logprobs(step)) is not None:
-                            logprobs[choice].extend(echoed)
-                    seen.add(choice)
-                    texts[choice] += piece
-                    token_ids[choice] += run.streams[choice].shown_ids
-                    if (shown := answer.logprobs(step)) is not None:
-                        logprobs[choice].extend(shown)
-                    scores[choice] += sum(entry.logprobs[0] for entry in output.logprobs)
-                    if output.prompt_logprobs is not None and body.prompt_logprobs is not None:
-                        of_prompt[choice] = prompt_logprobs(
-                            answer.text.vocabulary, output.prompt_logprobs
-                        )
+        while not run.done:
+            for step in await run.next():
+                choice, piece, output = step
+                if choice not in seen and body.echo:
+                    texts[choice] = answer.prompt_text(choice)
+                    if (echoed := answer.prompt_logprobs(step)) is not None:
+                        logprobs[choice].extend(echoed)
+                seen.add(choice)
+                texts[choice] += piece
+                token_ids[choice] += run.streams[choice].shown_ids
+                if (shown := answer.logprobs(step)) is not None:
+                    logprobs[choice].extend(shown)
+                scores[choice] += sum(entry.logprobs[0] for entry in output.logprobs)
+                if output.prompt_logprobs is not None and body.prompt_logprobs is not None:
+                    of_prompt[choice] = prompt_logprobs(
+                        answer.text.vocabulary, output.prompt_logprobs
+                    )
     finally:
         run.cancel()
     choices: list[dict[str, object]] = []

@@ -33,6 +33,10 @@ class Core(Protocol):
         """Name of the header whose requests prefer one replica, in lower case."""
         ...
 
+    def known_text(self, service: str) -> TextModel | None:
+        """What `text` gives where it need not wait. Raises GenerationError."""
+        ...
+
     async def text(
         self,
         service: str,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.router.generation import Generation
+from shoal.router.http.client import STATE_KEY, Client
 from shoal.router.http.errors import ApiError, Headers
 
 Scope = MutableMapping[str, Any]
@@ -31,14 +32,13 @@ class Exchange:
     """A request and its response. Exactly one of `respond` and `start` is called."""
 
     __slots__ = (
+        "_client",
         "_generations",
         "_headers",
         "_receive",
         "_send",
         "_settings",
         "_waiting",
-        "_watch",
-        "gone",
         "request_id",
         "scope",
         "started",
@@ -49,7 +49,6 @@ class Exchange:
     ) -> None:
         self.scope = scope
         self.request_id = request_id
-        self.gone = False  # the client hung up
         self.started = False  # the response's headers are out
         self._generations: Sequence[Generation] = ()
         self._headers: dict[bytes, bytes] | None = None
@@ -57,7 +56,14 @@ class Exchange:
         self._send = send
         self._settings = settings
         self._waiting: asyncio.Task[Any] | None = None  # the handler, while it may be given up
-        self._watch: asyncio.Task[None] | None = None
+        # A server without `HttpProtocol` tells nobody: its clients' requests run to their end.
+        self._client: Client = scope.get("state", {}).get(STATE_KEY) or Client()
+        self._client.on_gone = self._hung_up
+
+    @property
+    def gone(self) -> bool:
+        """The client hung up."""
+        return self._client.gone
 
     @property
     def method(self) -> str:
@@ -86,15 +92,15 @@ class Exchange:
         length = self.header(b"content-length")
         if length is not None and int(length) > limit:
             raise self._too_long(length.decode())
+        seconds = self._settings.body_timeout_seconds
+        if self._client.body_complete:
+            return await self._read(limit)  # without a wait: a deadline would cost more than it
         try:
-            async with asyncio.timeout(self._settings.body_timeout_seconds):
+            async with asyncio.timeout(seconds):
                 return await self._read(limit)
         except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body did not arrive within {self._settings.body_timeout_seconds:g} s",
-                headers=_CLOSE,
-            ) from None
+            message = f"the body did not arrive within {seconds:g} s"
+            raise ApiError(408, message, headers=_CLOSE) from None
 
     async def _read(self, limit: int) -> bytes:
         message = await self._receive()
@@ -108,7 +114,7 @@ class Exchange:
                     raise self._too_long(f"over {limit}")
             body = bytes(parts)
         if message["type"] == "http.disconnect":
-            self.gone = True
+            self._client.gone = True
             raise ApiError(408, "the client hung up before the body was complete")
         if len(body) > limit:
             raise self._too_long(str(len(body)))
@@ -122,8 +128,9 @@ class Exchange:
     @contextlib.contextmanager
     def given_up_on_hangup(self) -> Iterator[None]:
         """What is awaited inside ends with ApiError once the client hangs up; for waits before
-        there is a generation. Use after the body was read, from the exchange's own task."""
-        self._watch_client()
+        there is a generation. Use from the exchange's own task."""
+        if self.gone:
+            raise ApiError(408, "the client hung up")
         task = self._waiting = asyncio.current_task()
         try:
             yield
@@ -135,21 +142,12 @@ class Exchange:
             self._waiting = None
 
     def cancel_on_hangup(self, generations: Sequence[Generation]) -> None:
-        """From now on a client that hangs up, or has hung up, cancels these. Use after the body
-        was read."""
-        self._watch_client()
+        """From now on a client that hangs up, or has hung up, cancels these."""
         self._generations = generations
         if self.gone:
             self._cancel()
 
-    def _watch_client(self) -> None:
-        if self._watch is None:
-            self._watch = asyncio.create_task(self._until_hangup())
-
-    async def _until_hangup(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
+    def _hung_up(self) -> None:
         if self._waiting is not None:
             self._waiting.cancel()
         self._cancel()
@@ -159,9 +157,8 @@ class Exchange:
             generation.cancel()
 
     def close(self) -> None:
-        """Ends what this exchange left running."""
-        if self._watch is not None:
-            self._watch.cancel()
+        """Nobody listens any more."""
+        self._client.on_gone = None
 
     async def respond(self, status: int, body: bytes, headers: Headers) -> None:
         """Sends a whole response; `headers` without content-length."""
@@ -179,6 +176,6 @@ class Exchange:
             }
         )
 
-    async def send(self, body: bytes, *, more: bool) -> None:
+    def send(self, body: bytes, *, more: bool) -> Awaitable[None]:
         """One piece of the body. Waits while the client is slower than we are."""
-        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+        return self._send({"type": "http.response.body", "body": body, "more_body": more})

@@ -5,12 +5,12 @@ A request has one generation a prompt, and each generation has `samples` choices
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from shoal.api.v1 import engine_pb2
-from shoal.router.generation import Generation, GenerationError, Output
+from shoal.router.generation import Generation, Output
 from shoal.router.http.errors import Headers
 from shoal.router.text_stream import TextStream
 
@@ -53,13 +53,19 @@ class Run:
         self.streams = streams
         self._samples = len(streams) // len(generations)
         self._discard = discard
-        self._left = len(streams)
+        self._open = [self._samples] * len(generations)  # choices that have not ended
         self._cached = [0] * len(generations)
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        # Generations that have something to take, in the order in which they said so.
+        self._news: list[int] = []
+        for place, generation in enumerate(generations):
+            generation.listen(partial(self._tell, place))
 
     @property
     def done(self) -> bool:
         """Every choice has ended."""
-        return not self._left
+        return not any(self._open)
 
     def prompt_of(self, choice: int) -> int:
         return choice // self._samples
@@ -86,23 +92,32 @@ class Run:
             if not generation.settled:
                 generation.cancel()
 
-    async def steps(self) -> AsyncGenerator[list[Step], None]:
-        """All that is there at each wake-up. Raises GenerationError. Close it on leaving early."""
-        if len(self.generations) == 1:
-            generation = self.generations[0]
-            while not generation.done:
-                yield self._take(0, await generation.next())
-        else:
-            async with aclosing(_merged(self.generations)) as merged:
-                async for prompt, outputs in merged:
-                    yield self._take(prompt, outputs)
-        if self._left:
-            raise GenerationError(499, "cancelled", "the client hung up")
+    async def next(self) -> list[Step]:
+        """All that is there, and waits until something is. Raises GenerationError: failed, or
+        over before every choice had ended, since the client hung up."""
+        while not self._news:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        news, self._news = self._news, []
+        if len(news) == 1:
+            return self._take(news[0])
+        return [step for prompt in dict.fromkeys(news) for step in self._take(prompt)]
 
-    def _take(self, prompt: int, outputs: list[Output]) -> list[Step]:
+    def _tell(self, prompt: int) -> None:
+        """A generation has something new."""
+        self._news.append(prompt)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _take(self, prompt: int) -> list[Step]:
         generation = self.generations[prompt]
         steps: list[Step] = []
-        for output in outputs:
+        if not self._open[prompt]:
+            return steps
+        for output in generation.take():
             choice = prompt * self._samples + output.index
             stream = self.streams[choice]
             if stream.finish is not None:
@@ -114,29 +129,7 @@ class Run:
             else:
                 steps.append((choice, stream.feed(output.token_ids, output.finish), output))
             if stream.finish is not None:
-                self._left -= 1
+                self._open[prompt] -= 1
                 if not output.finish:
                     generation.cancel(output.index)
         return steps
-
-
-async def _merged(
-    generations: Sequence[Generation],
-) -> AsyncGenerator[tuple[int, list[Output]], None]:
-    """Outputs of several generations as they come, with the generation's place."""
-    waiting: dict[asyncio.Task[list[Output]], int] = {
-        asyncio.create_task(generation.next()): place
-        for place, generation in enumerate(generations)
-    }
-    try:
-        while waiting:
-            ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in ready:
-                place = waiting.pop(task)
-                yield place, task.result()
-                if not generations[place].done:
-                    waiting[asyncio.create_task(generations[place].next())] = place
-    finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)

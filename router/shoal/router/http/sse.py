@@ -1,7 +1,6 @@
 """Server-sent events: every chunk is a constant head, the text as JSON, a constant tail."""
 
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 
 import orjson
@@ -163,28 +162,31 @@ async def stream(
     prefixes = [chunks.prefix(choice) for choice in range(len(run.streams))]
     unopened = set(range(len(run.streams)))
     try:
-        async with aclosing(run.steps()) as wakeups:
-            async for steps in wakeups:
-                if not exchange.started:
-                    await exchange.start(200, [*SSE, *run.headers()])
-                parts = []
-                for step in steps:
-                    choice, text, _ = step
-                    if choice in unopened:
-                        unopened.remove(choice)
-                        parts.append(chunks.opening(choice))
-                        if echo is not None:
-                            parts.append(chunks.text(prefixes[choice], *echo(step)))
-                    extra = extras(step) if extras is not None else None
-                    if text or (extra is not None and extra.any):
-                        parts.append(chunks.text(prefixes[choice], text, extra))
-                    if run.streams[choice].finish is not None:
-                        parts.append(chunks.ending(choice, run.streams[choice]))
-                done = run.done
-                if done:
-                    parts.append(chunks.last())
-                if parts:
-                    await exchange.send(b"".join(parts), more=not done)
+        done = False
+        while not done:
+            steps = await run.next()
+            if not steps:
+                continue
+            if not exchange.started:
+                await exchange.start(200, [*SSE, *run.headers()])
+            parts = []
+            for step in steps:
+                choice, text, _ = step
+                if choice in unopened:
+                    unopened.remove(choice)
+                    parts.append(chunks.opening(choice))
+                    if echo is not None:
+                        parts.append(chunks.text(prefixes[choice], *echo(step)))
+                extra = extras(step) if extras is not None else None
+                if text or (extra is not None and extra.any):
+                    parts.append(chunks.text(prefixes[choice], text, extra))
+                if run.streams[choice].finish is not None:
+                    parts.append(chunks.ending(choice, run.streams[choice]))
+            done = run.done
+            if done:
+                parts.append(chunks.last())
+            if parts:
+                await exchange.send(b"".join(parts), more=not done)
     except (GenerationError, ApiError) as error:
         if not exchange.started:
             raise
