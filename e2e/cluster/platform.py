@@ -9,8 +9,8 @@ from typing import Any, Final
 import yaml
 
 from e2e.cluster import images, runtime
-from e2e.cluster.command import Say
-from e2e.cluster.kube import Kube
+from e2e.cluster.command import Say, wait_for
+from e2e.cluster.kube import Kube, Object, is_ready
 from e2e.cluster.layout import CHECKOUT, ClusterError, Layout
 
 NAMESPACE: Final = "shoal-system"
@@ -19,6 +19,7 @@ CRDS: Final = "shoal-crds"
 CHARTS: Final = CHECKOUT / "charts"
 OPERATOR: Final = "app.kubernetes.io/name=shoal,app.kubernetes.io/component=operator"
 ROUTER: Final = "app.kubernetes.io/name=shoal,app.kubernetes.io/component=router"
+WORKER: Final = "app.kubernetes.io/component=worker"
 # A values file that names images which a cluster of the user's can pull.
 ENV_VALUES: Final = "SHOAL_E2E_VALUES"
 
@@ -51,17 +52,25 @@ class Platform:
         port = next(one["port"] for one in service["spec"]["ports"] if one["name"] == "http")
         return f"http://{service['spec']['clusterIP']}:{port}"
 
-    def operator_metrics(self) -> dict[str, float]:
-        """Samples of the leading operator, summed over their labels."""
-        sums: dict[str, float] = {}
-        for pod in self.kube.list("pods", NAMESPACE, OPERATOR):
-            name = pod["metadata"]["name"]
-            path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}:9090/proxy/metrics"
-            samples = metrics_of(self.kube.raw(path))
-            if samples.get("shoal_leader") == 1:
-                return samples
-            sums = samples
-        return sums
+    def operators(self) -> list[Object]:
+        """Ready pods of the operator."""
+        return [pod for pod in self.kube.list("pods", NAMESPACE, OPERATOR) if is_ready(pod)]
+
+    def holder(self) -> str | None:
+        """Name of the operator pod that leads; None between two leaders."""
+        lease = self.kube.get("lease", f"{RELEASE}-operator", NAMESPACE)
+        holder = lease["spec"].get("holderIdentity") or ""
+        return holder.split("_")[0] or None
+
+    def leader(self) -> Object:
+        """The pod of the operator that leads."""
+        name = wait_for("a leading operator", 30, self.holder)
+        return self.kube.get("pod", name, NAMESPACE)
+
+    def metrics(self, pod: Object, port: int = 9090) -> dict[str, float]:
+        """Samples of a pod, summed over their labels."""
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}:{port}/proxy/metrics"
+        return metrics_of(self.kube.raw(path))
 
 
 def metrics_of(text: str, keep: Callable[[str], bool] = lambda line: True) -> dict[str, float]:

@@ -95,6 +95,12 @@ class Testbed:
         assert self.layout is not None
         Processes(self.layout).restart("kube-apiserver")
 
+    def api_server_answers(self) -> bool:
+        try:
+            return self.kube.raw("/readyz") == "ok"
+        except ClusterError:
+            return False
+
     def _try(self, *arguments: str) -> str:
         try:
             return self.kube.kubectl(*arguments)

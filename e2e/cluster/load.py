@@ -1,0 +1,158 @@
+"""Constant load by the openai client, and what became of every answer.
+
+Each of N streams asks a question, reads the answer to its end, compares it with what the same
+question was answered undisturbed, and asks the next. The client retries connections as it does
+by default. A stream that breaks in the middle because its router died is asked again, and counted.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import httpx
+import openai
+
+TOKENS: Final = 40
+FINISH_SECONDS: Final = 240.0
+ASK_AGAIN: Final = 3
+
+
+def question(index: int) -> str:
+    return f"Write a short story about the number {index} and a friend of it."
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    begun: float  # monotonic seconds
+    ended: float
+    question: int
+    text: str
+    longest_silence: float  # seconds between two pieces, or before the first
+    asked_again: int
+    error: str | None
+
+
+@dataclass
+class Window:
+    """What happened to the requests that were under way while something was done."""
+
+    answers: list[Answer] = field(default_factory=list)
+    altered: int = 0
+
+    @property
+    def failed(self) -> list[str]:
+        return [answer.error for answer in self.answers if answer.error]
+
+    @property
+    def asked_again(self) -> int:
+        return sum(answer.asked_again for answer in self.answers)
+
+    @property
+    def longest_silence(self) -> float:
+        return max((answer.longest_silence for answer in self.answers), default=0.0)
+
+
+async def ask(client: openai.AsyncOpenAI, model: str, index: int) -> Answer:
+    """One answer. Never raises: an error is part of it."""
+    begun = time.monotonic()
+    again, silence = 0, 0.0
+    while True:
+        text, last = "", time.monotonic()
+        try:
+            stream = await client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": question(index)}],
+                temperature=0,
+                max_tokens=TOKENS,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            finish = None
+            async for chunk in stream:
+                now = time.monotonic()
+                silence, last = max(silence, now - last), now
+                if chunk.choices:
+                    text += chunk.choices[0].delta.content or ""
+                    finish = chunk.choices[0].finish_reason or finish
+            error = None if finish == "length" else f"ended with {finish!r} after {len(text)} chars"
+        except (httpx.TransportError, openai.APIConnectionError) as failure:
+            if again < ASK_AGAIN:
+                again += 1
+                continue
+            error = f"{type(failure).__name__}: {failure}"
+        except openai.OpenAIError as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        return Answer(begun, time.monotonic(), index, text, silence, again, error)
+
+
+def undisturbed(url: str, model: str, count: int) -> Mapping[int, str]:
+    """What each question is answered while nothing happens. Asserts that all succeed."""
+
+    async def all_of_them() -> list[Answer]:
+        async with _client(url) as client:
+            return list(await asyncio.gather(*(ask(client, model, it) for it in range(count))))
+
+    answers = asyncio.run(all_of_them())
+    assert not [one.error for one in answers if one.error], [one.error for one in answers]
+    return {one.question: one.text for one in answers}
+
+
+class Load:
+    """N streams in a thread of their own, from `with` to its end."""
+
+    def __init__(self, url: str, model: str, expected: Mapping[int, str]) -> None:
+        self._url, self._model, self._expected = url, model, expected
+        self._answers: list[Answer] = []
+        self._under_way: dict[int, float] = {}  # stream -> when its present question was asked
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
+
+    def __enter__(self) -> "Load":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(FINISH_SECONDS)
+
+    @contextmanager
+    def window(self) -> Iterator[Window]:
+        """Collects the answers that were under way at any moment of the block."""
+        window, begun = Window(), time.monotonic()
+        yield window
+        ended = time.monotonic()
+        give_up = ended + FINISH_SECONDS
+        while any(asked <= ended for asked in list(self._under_way.values())):
+            assert time.monotonic() < give_up, "requests hang"
+            time.sleep(0.1)
+        window.answers = [it for it in self._answers if it.ended >= begun and it.begun <= ended]
+        window.altered = sum(
+            not answer.error and answer.text != self._expected[answer.question]
+            for answer in window.answers
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Of all finished answers so far."""
+        return TOKENS * sum(not answer.error for answer in list(self._answers))
+
+    async def _run(self) -> None:
+        async with _client(self._url) as client:
+            await asyncio.gather(*(self._stream(client, it) for it in range(len(self._expected))))
+
+    async def _stream(self, client: openai.AsyncOpenAI, index: int) -> None:
+        while not self._stop.is_set():
+            self._under_way[index] = time.monotonic()
+            answer = await ask(client, self._model, index)
+            self._answers.append(answer)
+            del self._under_way[index]
+            if answer.error:
+                await asyncio.sleep(0.5)
+
+
+def _client(url: str) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=FINISH_SECONDS)

@@ -1,0 +1,50 @@
+"""Two operators: one leads, the other takes over within seconds, and nothing is made twice."""
+
+import signal
+import time
+
+import pytest
+
+from e2e.cluster import platform, services
+from e2e.cluster.command import wait_for
+from e2e.cluster.platform import Platform
+from e2e.cluster.report import Report
+from e2e.cluster.testbed import Testbed
+
+TABLE = "Two operators"
+
+
+@pytest.mark.parametrize(
+    ("number", "limit"),
+    [(signal.SIGTERM, 2.0), (signal.SIGKILL, 8.0)],
+    ids=["SIGTERM", "SIGKILL"],
+)
+def test_the_other_operator_takes_over(
+    cluster: Testbed,
+    shoal: Platform,
+    namespace: str,
+    report: Report,
+    number: signal.Signals,
+    limit: float,
+) -> None:
+    """A service applied right after the leader's death gets its one pod from the successor."""
+    if cluster.layout is None:
+        pytest.skip("this breaks the host of a node, and the cluster is not ours")
+    kube = cluster.kube
+    wait_for("two ready operators", 60, lambda: len(shoal.operators()) == 2)
+    leader = shoal.leader()
+    cluster.kill_in_pod(leader, "shoal.operator", number)
+    killed = time.monotonic()
+    kube.apply(namespace, services.service("handover"))
+    old = leader["metadata"]["name"]
+    wait_for("a new leader", 30, lambda: shoal.holder() not in (None, old), every=0.05)
+    took = time.monotonic() - killed
+    wait_for("its pod", 30, lambda: services.workers(kube, namespace, "handover"), every=0.05)
+    acted = time.monotonic() - killed
+    report.head(TABLE, "the leader ends by", "another leads after, s", "and has acted after, s")
+    report.row(TABLE, number.name, f"{took:.1f}", f"{acted:.1f}")
+    assert took < limit
+    wait_for("two ready operators", 60, lambda: len(shoal.operators()) == 2)
+    leading = [pod for pod in shoal.operators() if shoal.metrics(pod).get("shoal_leader") == 1]
+    assert len(leading) == 1
+    assert len(kube.list("pods", namespace, platform.WORKER)) == 1
