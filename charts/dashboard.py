@@ -70,14 +70,15 @@ SERVING: Final = (
 _POD: Final = 'namespace=~"$namespace"'
 REPLICAS: Final = (
     Panel(
-        "Replicas that take requests",
+        "Replicas wanted, and taking requests",
         (
+            (f"max by (service) (shoal_desired_replicas{{{_SERVICE}}})", "{{service}} wanted"),
             (
                 f"max by (service) (sum by (service, pod) (shoal_endpoint_admitted{{{_SERVICE}}}))",
                 "{{service}}",
             ),
         ),
-        description="As the router that sees most of them has it.",
+        description="Taking requests: as the router that sees most of them has it.",
     ),
     Panel(
         "Sequences on each replica",
@@ -135,24 +136,26 @@ REPLICAS: Final = (
 CONTROL: Final = (
     Panel("Leader", (("max by (pod) (shoal_leader)", "{{pod}}"),)),
     Panel(
-        "Reconciles",
+        "Looks at services",
         (
-            ("sum(rate(shoal_reconcile_seconds_count[$__rate_interval]))", "all"),
-            ("sum(rate(shoal_reconcile_errors_total[$__rate_interval]))", "errors"),
+            (f"sum(rate(shoal_reconcile_seconds_count{_RATE}))", "all"),
+            (f"sum(rate(shoal_reconcile_errors_total{_RATE}))", "failed"),
         ),
         "ops",
     ),
     Panel(
-        "Time of a reconcile",
+        "Time of a look",
         (
             (
                 "histogram_quantile(0.95, sum by (le) "
-                "(rate(shoal_reconcile_seconds_bucket[$__rate_interval])))",
+                f"(rate(shoal_reconcile_seconds_bucket{_RATE})))",
                 "p95",
             ),
         ),
         "s",
     ),
+    Panel("Services that wait for a look", (("max(shoal_work_queue_depth)", "waiting"),)),
+    Panel("Calls to the API server", _rate("shoal_api_requests_total", "verb, code", ""), "ops"),
 )
 
 
