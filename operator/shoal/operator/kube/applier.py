@@ -1,0 +1,255 @@
+"""Carries out one action of a plan, or brings one child about; never a write that changes nothing.
+
+Answers go into the world at once, so that the next plan sees what this one did. An object that
+somebody else made under a name of ours is left alone, and one that an earlier service of the same
+name left behind is waited for: its owner is gone and the cluster collects it.
+"""
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NoReturn
+
+from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, MANAGER
+from shoal.api.types import InferenceService
+from shoal.operator.children import (
+    controller_revision,
+    group_token_secret,
+    routes_config_map,
+)
+from shoal.operator.kube.client import Api
+from shoal.operator.kube.errors import ApiError
+from shoal.operator.kube.feed import Feed
+from shoal.operator.kube.kinds import (
+    CONFIG_MAPS,
+    CONTROLLER_REVISIONS,
+    INFERENCE_SERVICES,
+    PODS,
+    SECRETS,
+    Kind,
+    kind_of,
+)
+from shoal.operator.kube.subset import is_subset
+from shoal.operator.kube.world import World, controller_uid, uid_of
+from shoal.operator.metadata import (
+    controller_revision_name,
+    group_token_name,
+    metadata,
+    routes_name,
+)
+from shoal.operator.plan import (
+    Action,
+    CreatePod,
+    DeletePod,
+    DrainPod,
+    ForgetRevision,
+    RemoveRoutes,
+    ResumePod,
+    SaveRevision,
+    WriteRoutes,
+)
+
+log: Final = logging.getLogger(__name__)
+
+_COLLECTION_SECONDS: Final = 1.0  # the cluster takes a moment to collect what lost its owner
+
+Json = Mapping[str, Any]
+
+
+class Refused(Exception):
+    """The API server will not have it, or a name is taken; the sentence says what to change."""
+
+
+class NotYet(Exception):
+    """Something has to end first; look again in `seconds`."""
+
+    def __init__(self, why: str, seconds: float = _COLLECTION_SECONDS) -> None:
+        super().__init__(why)
+        self.seconds = seconds
+
+
+class Applier:
+    """Writes for services. ApiError passes through where trying again may help."""
+
+    def __init__(self, api: Api, world: World, feed: Feed, wall: Callable[[], float]) -> None:
+        self._api = api
+        self._world = world
+        self._feed = feed
+        self._wall = wall
+        self._tokens: set[str] = set()  # uids of services whose group token is there
+
+    async def ensure(self, document: Json) -> bool:
+        """Brings an object about; whether a write was needed."""
+        kind, meta = kind_of(document), document["metadata"]
+        live: Json | None = self._world[kind].get(meta["namespace"], meta["name"])
+        if live is None:
+            live = await self._look(kind, meta["namespace"], meta["name"])
+        if live is not None:
+            self._check_owner(kind, document, live)
+            if is_subset(document, live):
+                return False
+        try:
+            self._feed.wrote(kind, await self._api.apply(kind, document))
+        except ApiError as error:
+            _raise_refused(kind, meta["name"], error)
+        return True
+
+    async def adopt(self, service: InferenceService) -> bool:
+        """Takes in pods and records whose owner was deleted without them; whether there were any.
+
+        That is what `kubectl delete --cascade=orphan` leaves, for a service of the same name.
+        """
+        found = False
+        for kind in (PODS, CONTROLLER_REVISIONS):
+            orphans = [
+                live
+                for live in self._world[kind].of(f"{service.metadata.namespace}/{service.name}")
+                if controller_uid(live) is None and not live["metadata"].get("deletionTimestamp")
+            ]
+            for live in orphans:
+                found = True
+                owners = metadata(service, live["metadata"]["name"], {})["ownerReferences"]
+                await self._merge(kind, live, {"ownerReferences": owners})
+        return found
+
+    async def perform(self, service: InferenceService, action: Action) -> None:
+        """Carries out one action. Doing it twice is as doing it once."""
+        match action:
+            case CreatePod(pod):
+                await self._create(PODS, service, pod.manifest)
+            case DrainPod(name):
+                await self._mark(service, name, f"{self._wall():.3f}")
+            case ResumePod(name):
+                await self._mark(service, name, None)
+            case DeletePod(name, grace):
+                await self._delete(PODS, service, name, round(grace))
+            case WriteRoutes(table):
+                await self.ensure(routes_config_map(service, table))
+            case RemoveRoutes():
+                await self._delete(CONFIG_MAPS, service, routes_name(service.name))
+            case SaveRevision(revision):
+                document = controller_revision(service, revision)
+                await self._create(CONTROLLER_REVISIONS, service, document)
+            case ForgetRevision(name):
+                record = controller_revision_name(service.name, name)
+                await self._delete(CONTROLLER_REVISIONS, service, record)
+
+    async def write_status(self, service_live: Json, status: Json) -> None:
+        meta = service_live["metadata"]
+        document = {
+            "apiVersion": INFERENCE_SERVICES.api_version,
+            "kind": INFERENCE_SERVICES.kind,
+            "metadata": {"name": meta["name"], "namespace": meta["namespace"]},
+            "status": status,
+        }
+        answer = await self._api.apply(INFERENCE_SERVICES, document, "status")
+        self._feed.wrote(INFERENCE_SERVICES, answer)
+
+    async def ensure_group_token(self, service: InferenceService) -> None:
+        """The secret that pods of a group share; made once, and never changed."""
+        uid = service.metadata.uid or ""
+        if uid in self._tokens:
+            return
+        name, namespace = group_token_name(service.name), service.metadata.namespace
+        live = await self._look(SECRETS, namespace, name)
+        if live is None:
+            document = group_token_secret(service, secrets.token_hex(32))
+            try:
+                await self._api.create(SECRETS, document)
+            except ApiError as error:
+                if error.exists:
+                    raise NotYet(f"secret {name} has just been made") from None
+                _raise_refused(SECRETS, name, error)
+        elif controller_uid(live) != uid:
+            raise NotYet(f"secret {name} belongs to an earlier service of that name")
+        self._tokens.add(uid)
+
+    async def _create(self, kind: Kind, service: InferenceService, document: Json) -> None:
+        meta = document["metadata"]
+        try:
+            self._feed.wrote(kind, await self._api.create(kind, document))
+        except ApiError as error:
+            if not error.exists:
+                _raise_refused(kind, meta["name"], error)
+            live = await self._look(kind, meta["namespace"], meta["name"])
+            if live is None:
+                raise NotYet(f"{kind.kind} {meta['name']} has just ended") from None
+            self._check_owner(kind, document, live)
+            self._feed.wrote(kind, live)
+
+    async def _mark(self, service: InferenceService, name: str, value: str | None) -> None:
+        live = self._world[PODS].get(service.metadata.namespace, name)
+        if live is not None:
+            await self._merge(PODS, live, {"annotations": {ANNOTATION_DRAIN_STARTED: value}})
+
+    async def _merge(self, kind: Kind, live: Json, changes: Json) -> None:
+        """Patches the metadata of just this object; one that is gone needs nothing any more."""
+        meta = live["metadata"]
+        patch = {"metadata": {"uid": uid_of(live), **changes}}
+        try:
+            answer = await self._api.merge(kind, meta["namespace"], meta["name"], patch)
+        except ApiError as error:
+            if not error.not_found and not error.conflict:
+                raise
+            await self._refresh(kind, live)
+            return
+        self._feed.wrote(kind, answer)
+
+    async def _delete(
+        self, kind: Kind, service: InferenceService, name: str, grace: int | None = None
+    ) -> None:
+        live = self._world[kind].get(service.metadata.namespace, name)
+        if live is None:
+            return
+        try:
+            answer = await self._api.delete(
+                kind, service.metadata.namespace, name, uid_of(live), grace
+            )
+        except ApiError as error:
+            if not error.not_found and not error.conflict:
+                raise
+            await self._refresh(kind, live)
+            return
+        if answer.get("kind") == kind.kind and answer["metadata"].get("deletionTimestamp"):
+            self._feed.wrote(kind, answer)  # it ends in its own time
+        else:
+            self._feed.ended(kind, live)
+
+    async def _refresh(self, kind: Kind, live: Json) -> None:
+        """Reads an object that is not what the world holds."""
+        meta = live["metadata"]
+        now = await self._look(kind, meta["namespace"], meta["name"])
+        if now is not None and uid_of(now) == uid_of(live):
+            self._feed.wrote(kind, now)
+        else:
+            self._feed.ended(kind, live)
+            if now is not None:
+                self._feed.wrote(kind, now)
+
+    async def _look(self, kind: Kind, namespace: str, name: str) -> Json | None:
+        try:
+            return await self._api.get(kind, namespace, name)
+        except ApiError as error:
+            if error.not_found:
+                return None
+            raise
+
+    def _check_owner(self, kind: Kind, document: Json, live: Json) -> None:
+        """That the object is ours, or an orphan that carries our label."""
+        name, owner = live["metadata"]["name"], controller_uid(live)
+        if owner == controller_uid(document):
+            return
+        labels = live["metadata"].get("labels") or {}
+        if labels.get(LABEL_MANAGED_BY) != MANAGER:
+            raise Refused(
+                f"there is a {kind.kind} {name} that Shoal did not make; "
+                f"rename or delete it, or give the InferenceService another name"
+            )
+        if owner is not None:
+            raise NotYet(f"{kind.kind} {name} belongs to an earlier service of that name")
+
+
+def _raise_refused(kind: Kind, name: str, error: ApiError) -> NoReturn:
+    if error.refused:
+        raise Refused(f"the API server refuses {kind.kind} {name}: {error.message}") from None
+    raise error

@@ -1,0 +1,277 @@
+"""The operator process: what runs always, and what runs only while it leads.
+
+Watches, lists and probes run always, so that a standby knows everything when its turn comes.
+Leading begins with a list that finds what watches lost and with one answer of the routers; only
+then do workers start, so that a restart with everything in place writes nothing. It ends with
+the lease: workers are gone before it is released, or before anybody else can have it.
+"""
+
+import asyncio
+import gc
+import logging
+import random
+import signal
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, suppress
+from typing import Any, Final
+
+from shoal.operator.kube.access import Access
+from shoal.operator.kube.applier import Applier
+from shoal.operator.kube.book import ServiceBook
+from shoal.operator.kube.client import Api
+from shoal.operator.kube.errors import ApiError
+from shoal.operator.kube.events import EventPoster
+from shoal.operator.kube.feed import Feed
+from shoal.operator.kube.kinds import INFERENCE_SERVICES
+from shoal.operator.kube.lease import Leadership
+from shoal.operator.kube.metrics import OperatorMetrics, ServiceFigures
+from shoal.operator.kube.progress import FetchProgress
+from shoal.operator.kube.reconcile import Reconciler, Surroundings
+from shoal.operator.kube.relist import Relister
+from shoal.operator.kube.routers import RouterFleet
+from shoal.operator.kube.settings import OperatorSettings
+from shoal.operator.kube.web import serve_metrics, serve_probes
+from shoal.operator.kube.workers import Workers
+from shoal.operator.kube.workqueue import Pace, WorkQueue
+from shoal.operator.kube.world import World
+from shoal.operator.router_client import RouterClient
+
+log: Final = logging.getLogger(__name__)
+
+_RELIST_SECONDS: Final = 60.0
+_RELIST_SOON_SECONDS: Final = 2.0
+_RETRY_SECONDS: Final = 1.0
+_ROUTERS_SECONDS: Final = 4.0
+_STUCK_SECONDS: Final = 120.0
+_RELEASE_SECONDS: Final = 5.0
+
+# Feeds the operator until the event is set: (feed, listed, stop, ready). See `handlers.watch`.
+Watch = Callable[
+    [Feed, Callable[[], None], asyncio.Event, asyncio.Event], Coroutine[Any, Any, None]
+]
+
+
+async def operate(settings: OperatorSettings, access: Access, watch: Watch) -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit status."""
+    operator = _Operator(settings, access)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(operator.api)
+        await stack.enter_async_context(
+            serve_metrics("", settings.metrics_port, operator.metrics.registry)
+        )
+        await stack.enter_async_context(
+            serve_probes("", settings.health_port, operator.unhealthy, operator.unready)
+        )
+        return await operator.run(watch)
+
+
+class _Operator:
+    """One process: its parts, and how they are started and stopped."""
+
+    def __init__(self, settings: OperatorSettings, access: Access) -> None:
+        self._settings = settings
+        identity = f"{settings.identity}_{uuid.uuid4().hex[:8]}"
+        self.metrics = OperatorMetrics()
+        self.api = Api(access, may_write=self._leads, count=self.metrics.called)
+        self._leadership = Leadership(
+            self.api,
+            namespace=settings.lease_namespace or access.namespace,
+            name=settings.lease_name,
+            identity=identity,
+            monotonic=time.monotonic,
+            wall=time.time,
+        )
+        self._world = World()
+        self._book = ServiceBook()
+        self._feed = Feed(self._world, self._book, self._wake)
+        self._relister = Relister(self.api, self._world, settings.namespaces, self._feed)
+        self._events = EventPoster(self.api, identity, time.time)
+        self._progress = FetchProgress(self.api, self._wake)
+        self._fleet = RouterFleet(
+            self.api,
+            namespace=settings.router_namespace or access.namespace,
+            selector=settings.router_selector,
+            connect=RouterClient,
+            clock=time.monotonic,
+            changed=self._wake,
+        )
+        reconciler = Reconciler(
+            self._world,
+            self._book,
+            Applier(self.api, self._world, self._feed, time.time),
+            self._fleet,
+            self._progress,
+            self._events,
+            Surroundings(
+                platform=settings.platform,
+                url=f"{settings.router_url}/v1" if settings.router_url else None,
+                has_monitors=self._relister.has_monitors,
+                wall=time.time,
+            ),
+        )
+        self._queue = WorkQueue(Pace(), random.Random().random)
+        self._workers = Workers(
+            self._queue,
+            reconciler.reconcile,
+            self.metrics,
+            time.monotonic,
+            settings.workers,
+        )
+        self.metrics.show(leads=self._leads, queued=self._queued, services=self._figures)
+        self._works = False  # leads, and knows enough to act
+        self._listed = asyncio.Event()  # the first list is in
+        self._relist = asyncio.Event()  # a list is wanted soon
+        self._watching = asyncio.Event()
+
+    def unhealthy(self) -> str | None:
+        """Why the process should be restarted; that this answers shows that the loop turns."""
+        took = self._workers.longest()
+        return f"one look at a service takes {took:.0f} s" if took > _STUCK_SECONDS else None
+
+    def unready(self) -> str | None:
+        return None if self._listed.is_set() else "the first list is not in"
+
+    async def run(self, watch: Watch) -> int:
+        await self._wait_for_types()
+        stop, stop_watching = asyncio.Event(), asyncio.Event()
+        leading = asyncio.create_task(self._lead(stop), name="leadership")
+        lists = asyncio.create_task(self._keep_listing(), name="lists")
+        watches = asyncio.create_task(
+            watch(self._feed, self._note_list, stop_watching, self._watching), name="watches"
+        )
+        signals = asyncio.create_task(self._take_signals(stop), name="signals")
+        asked = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            done, _ = await asyncio.wait(
+                [leading, lists, watches, asked], return_when=asyncio.FIRST_COMPLETED
+            )
+            if asked in done:
+                return 0
+            for task in done:
+                log.error("%s ended", task.get_name(), exc_info=task.exception())
+            return 1
+        finally:
+            # Leading ends first and by itself: it stops the workers and releases the lease.
+            stop.set()
+            await asyncio.wait([leading], timeout=_RELEASE_SECONDS)
+            stop_watching.set()
+            for task in (leading, lists, signals, asked, watches):
+                await _end(task)
+
+    async def _take_signals(self, stop: asyncio.Event) -> None:
+        """The watches' framework takes the signals when it starts; here they are taken back."""
+        await self._watching.wait()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+
+    async def _wait_for_types(self) -> None:
+        """Until the cluster knows InferenceServices; says so, as nothing works without."""
+        said = ""
+        while True:
+            try:
+                if await self.api.serves(INFERENCE_SERVICES):
+                    return
+                why = "the cluster does not know InferenceServices; install the chart shoal-crds"
+            except ApiError as error:
+                why = f"the API server does not answer as it should: {error}"
+            if why != said:
+                log.warning("%s", why)
+            said = why
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _keep_listing(self) -> None:
+        while True:
+            self._relist.clear()
+            await self._list_until_done()
+            if not self._listed.is_set():
+                # What is here now lives long; the collector need not walk it again and again.
+                gc.collect()
+                gc.freeze()
+                self._listed.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._relist.wait(), _RELIST_SECONDS)
+                await asyncio.sleep(_RELIST_SOON_SECONDS)
+
+    async def _list_until_done(self) -> None:
+        while True:
+            try:
+                await self._relister.run_once()
+                return
+            except ApiError as error:
+                log.warning("objects cannot be listed: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
+
+    async def _lead(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            await _first(self._leadership.acquire(), stop.wait())
+            if stop.is_set():
+                break
+            await _first(self._leadership.keep(), self._work(), stop.wait())
+        await self._leadership.release()
+
+    async def _work(self) -> None:
+        """What a leader does, until it is cancelled."""
+        began = time.monotonic()
+        await self._listed.wait()
+        await self._list_until_done()
+        asked = asyncio.Event()
+        helpers = [
+            asyncio.create_task(coroutine)
+            for coroutine in (self._fleet.run(asked), self._progress.run(), self._events.run())
+        ]
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(asked.wait(), _ROUTERS_SECONDS)
+            self._works = True
+            for key in self._book:
+                self._workers.add(key)
+            took = time.monotonic() - began
+            count = len(self._world[INFERENCE_SERVICES])
+            log.info("working on %d services after %.1f s", count, took)
+            await _first(self._workers.run(), *helpers)
+        finally:
+            self._works = False
+            self._fleet.rest()
+            for task in helpers:
+                await _end(task)
+
+    def _leads(self) -> bool:
+        return self._leadership.holds()
+
+    def _queued(self) -> int:
+        return len(self._queue)
+
+    def _wake(self, key: str) -> None:
+        if self._works:
+            self._workers.add(key)
+
+    def _note_list(self) -> None:
+        """A watch began anew: what was deleted meanwhile shows in a list of ours alone."""
+        if self._listed.is_set():
+            self._relist.set()
+
+    def _figures(self) -> Mapping[str, ServiceFigures]:
+        return {
+            key: ServiceFigures(service.spec.replicas) for key, service in self._book.readable()
+        }
+
+
+async def _first(*coroutines: Awaitable[object]) -> None:
+    """Runs all until one of them ends; the others are cancelled. Passes on what it raised."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            await _end(task)
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError, Exception):
+        await task

@@ -1,0 +1,175 @@
+"""One look at one service: observe, plan, act, tell. The planner decides, this carries it out.
+
+Killed at any line, the next look goes on from what is there: each write is whole in itself, and
+a plan is a function of what was observed.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.api.types import InferenceService, InferenceServiceStatus
+from shoal.operator.children import desired_children, needs_group_token
+from shoal.operator.kube.applier import Applier, NotYet, Refused
+from shoal.operator.kube.book import Entry, ServiceBook
+from shoal.operator.kube.events import EventPoster
+from shoal.operator.kube.kinds import INFERENCE_SERVICES, PODS
+from shoal.operator.kube.news import news, pod_news
+from shoal.operator.kube.observing import observe, read_status
+from shoal.operator.kube.progress import FetchProgress
+from shoal.operator.kube.routers import RouterFleet
+from shoal.operator.kube.verdicts import refused_status, unreadable_status
+from shoal.operator.kube.world import Key, World, uid_of
+from shoal.operator.observe import Observed
+from shoal.operator.plan import Plan, plan
+from shoal.operator.platform import Platform
+
+log: Final = logging.getLogger(__name__)
+
+_REFUSED_SECONDS: Final = 15.0  # quotas and limits change without an event of ours
+_DRAIN_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What holds for every service."""
+
+    platform: Platform
+    url: str | None  # of the OpenAI API
+    has_monitors: Callable[[], bool]  # whether the cluster knows PodMonitors
+    wall: Callable[[], float]
+
+
+class Reconciler:
+    """Brings the cluster nearer to what is wanted, one service at a time."""
+
+    def __init__(
+        self,
+        world: World,
+        book: ServiceBook,
+        applier: Applier,
+        fleet: RouterFleet,
+        progress: FetchProgress,
+        events: EventPoster,
+        around: Surroundings,
+    ) -> None:
+        self._world = world
+        self._book = book
+        self._applier = applier
+        self._fleet = fleet
+        self._progress = progress
+        self._events = events
+        self._around = around
+
+    async def reconcile(self, key: str) -> float | None:
+        """Looks at the service `namespace/name` once.
+
+        Returns in how many seconds to look again without news, None where news will come.
+        ApiError where the API server did not do its part.
+        """
+        where = Key(*key.split("/", 1))
+        live = self._world[INFERENCE_SERVICES].get(*where)
+        entry = self._book.get(key)
+        if live is None or entry is None:
+            # Owner references take everything along; what is being deleted is not mended.
+            self._fleet.under_way(key, False)
+            self._progress.follow(key, ())
+            return None
+        if entry.service is None:
+            await self._tell_unreadable(where, entry)
+            return None
+        return await self._act(where, key, entry.service)
+
+    async def _act(self, where: Key, key: str, service: InferenceService) -> float | None:
+        live = self._world[INFERENCE_SERVICES].get(*where)
+        assert live is not None, "nothing was awaited since it was found"
+        self._progress.follow(key, self._world[PODS].of(key))
+        observed = observe(
+            self._world,
+            key,
+            live,
+            routers=self._fleet.views(key),
+            claims=self._book.claims(key),
+            url=self._around.url,
+            progress=self._progress.lines,
+        )
+        decided = plan(service, observed, self._around.wall(), self._around.platform)
+        self._fleet.under_way(key, _waits_for_routers(observed, decided))
+        acted, refused, again = False, None, None
+        try:
+            acted = await self._bring_about(service, observed, decided)
+        except Refused as error:
+            refused, again = str(error), _REFUSED_SECONDS
+        except NotYet as error:
+            log.info("%s: %s", key, error)
+            again = error.seconds
+        status = decided.status
+        if refused is not None:
+            log.warning("%s: %s", key, refused)
+            status = refused_status(observed.status, status, refused, self._around.wall())
+        await self._tell(where, service, observed, status)
+        if acted:
+            return 0.0  # what was done is seen already: there may be more to do
+        if again is None and any(pod.retiring for pod in observed.pods):
+            return _DRAIN_SECONDS
+        return again
+
+    async def _bring_about(
+        self, service: InferenceService, observed: Observed, decided: Plan
+    ) -> bool:
+        """Children first, then the plan's actions in their order; whether the plan had any."""
+        if await self._applier.adopt(service):
+            return True
+        monitors = self._around.has_monitors()
+        for child in desired_children(service, observed, monitors=monitors):
+            await self._applier.ensure(child)
+        if self._around.platform.multi_node and needs_group_token(service, observed):
+            await self._applier.ensure_group_token(service)
+        for action in decided.actions:
+            await self._applier.perform(service, action)
+        return bool(decided.actions)
+
+    async def _tell(
+        self,
+        where: Key,
+        service: InferenceService,
+        observed: Observed,
+        status: InferenceServiceStatus,
+    ) -> None:
+        """Writes the status where it differs, and posts what changed."""
+        uid = service.metadata.uid or ""
+        for notice in pod_news(observed.pods):
+            self._events.say(where, uid, notice)
+        if status == observed.status:
+            return
+        await self._write(where, uid, status)
+        for notice in news(observed.status, status):
+            self._events.say(where, uid, notice)
+
+    async def _tell_unreadable(self, where: Key, entry: Entry) -> None:
+        live = self._world[INFERENCE_SERVICES].get(*where)
+        if live is None:
+            return
+        before = read_status(live)
+        status = unreadable_status(before, entry.problem, entry.generation, self._around.wall())
+        if status != before:
+            await self._write(where, entry.uid, status)
+            for notice in news(before, status):
+                self._events.say(where, entry.uid, notice)
+
+    async def _write(self, where: Key, uid: str, status: InferenceServiceStatus) -> None:
+        live = self._world[INFERENCE_SERVICES].get(*where)
+        if live is None or uid_of(live) != uid:
+            return  # gone meanwhile, or another of the same name
+        document = status.model_dump(by_alias=True, mode="json", exclude_none=True)
+        await self._applier.write_status(live, document)
+
+
+def _waits_for_routers(observed: Observed, decided: Plan) -> bool:
+    """Whether the next step depends on what routers say: an admission, or the end of a drain."""
+    if any(pod.drain_started is not None and not pod.deleting for pod in observed.pods):
+        return True
+    # Once as many are routable as are ready, only news from the cluster change anything.
+    status = decided.status
+    return status.routable_replicas < status.ready_replicas and bool(observed.routers)

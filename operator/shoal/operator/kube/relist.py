@@ -1,0 +1,104 @@
+"""Lists that find what watches lose: a watch that begins anew does not tell what was deleted.
+
+A list of metadata alone is cheap for both sides; objects of which it shows a newer version are
+read one by one, or all at once where they are many, as in the beginning.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Final
+
+from shoal.operator.kube.client import Api
+from shoal.operator.kube.errors import ApiError
+from shoal.operator.kube.feed import Feed
+from shoal.operator.kube.kinds import NODES, POD_MONITORS, WATCHED, Kind
+from shoal.operator.kube.world import Key, Objects, World, version_number, version_of
+
+log: Final = logging.getLogger(__name__)
+
+_ONE_BY_ONE: Final = 20
+
+
+class Relister:
+    """Brings the world up to date."""
+
+    def __init__(
+        self,
+        api: Api,
+        world: World,
+        namespaces: Sequence[str],
+        feed: Feed,
+    ) -> None:
+        """`namespaces` bounds what is listed; () is the whole cluster, with its nodes."""
+        self._api = api
+        self._world = world
+        self._scopes: Sequence[str | None] = tuple(namespaces) or (None,)
+        self._feed = feed
+        self._monitors = False
+
+    def has_monitors(self) -> bool:
+        """Whether the cluster knew PodMonitors at the last list."""
+        return self._monitors
+
+    async def run_once(self) -> None:
+        """Lists every kind once. ApiError where the API server does not answer."""
+        self._monitors = await self._api.serves(POD_MONITORS)
+        kinds = [self._relist(kind) for kind in WATCHED]
+        if self._monitors:
+            kinds.append(self._relist(POD_MONITORS))
+        if self._scopes == (None,):
+            kinds.append(self._relist_nodes())
+        await asyncio.gather(*kinds)
+
+    async def _relist(self, kind: Kind) -> None:
+        objects = self._world[kind]
+        for scope in self._scopes:
+            if not len(objects):
+                await self._read_all(objects, scope)
+            else:
+                await self._compare(objects, scope)
+
+    async def _read_all(self, objects: Objects, scope: str | None) -> None:
+        async for items, _ in self._api.pages(objects.kind, scope):
+            for live in items:
+                self._feed.saw(objects.kind, live)
+
+    async def _compare(self, objects: Objects, scope: str | None) -> None:
+        listed: dict[Key, int] = {}
+        version = 0
+        pages = self._api.pages(objects.kind, scope, metadata_only=True)
+        async for items, text in pages:
+            version = version or version_number(text)
+            for item in items:
+                meta = item["metadata"]
+                listed[Key(meta["namespace"], meta["name"])] = version_of(item)
+        for live in objects.missing_from(listed, version):
+            if scope is None or live["metadata"]["namespace"] == scope:
+                log.info("%s %s is gone unseen", objects.kind.kind, live["metadata"]["name"])
+                gone = {"metadata": {**live["metadata"], "resourceVersion": str(version)}}
+                self._feed.lost(objects.kind, gone)
+        outdated = objects.outdated_by(listed)
+        if len(outdated) > _ONE_BY_ONE:
+            await self._read_all(objects, scope)
+        else:
+            for key in outdated:
+                await self._read_one(objects, key)
+        objects.forget_deaths(version)
+
+    async def _read_one(self, objects: Objects, key: Key) -> None:
+        try:
+            self._feed.saw(objects.kind, await self._api.get(objects.kind, *key))
+        except ApiError as error:
+            if not error.not_found:
+                raise
+
+    async def _relist_nodes(self) -> None:
+        known = set(self._world.nodes)
+        async for items, _ in self._api.pages(NODES, None):
+            for node in items:
+                name = node["metadata"]["name"]
+                known.discard(name)
+                self._feed.saw_node(node)
+        for name in known:
+            self._feed.lost_node(name)

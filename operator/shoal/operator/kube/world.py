@@ -1,0 +1,191 @@
+"""What the operator knows of the cluster: live objects by kind and by service, in memory.
+
+Watches feed it, answers to the operator's own writes too (so that it reads what it wrote), and a
+list now and then takes out what a watch lost. All three may come late and in any order; the
+resource version decides (ordered numbers within a cluster, KEP-5504), and the version of a
+deletion is kept until the next list, so that a late answer does not raise the dead.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from shoal.api.names import LABEL_SERVICE
+from shoal.operator.kube.kinds import INFERENCE_SERVICES, POD_MONITORS, WATCHED, Kind
+
+_DROPPED_ANNOTATION: Final = "kubectl.kubernetes.io/last-applied-configuration"
+
+Json = dict[str, Any]
+
+
+class Key(NamedTuple):
+    """A namespaced object of some kind."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class Objects:
+    """Live objects of one kind."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self._objects: dict[Key, Json] = {}
+        self._by_service: dict[str, dict[Key, Json]] = {}
+        self._dead: dict[Key, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def __iter__(self) -> Iterator[Json]:
+        return iter(self._objects.values())
+
+    def get(self, namespace: str, name: str) -> Json | None:
+        return self._objects.get(Key(namespace, name))
+
+    def of(self, service: str) -> Iterable[Json]:
+        """Those that belong to the service `namespace/name`, by label."""
+        return self._by_service.get(service, {}).values()
+
+    def put(self, live: Mapping[str, Any]) -> str | None:
+        """A newer state of an object; returns its service, None where it is no news."""
+        key = _key(live)
+        version = version_of(live)
+        known = self._objects.get(key)
+        if known is not None and version_of(known) >= version:
+            return None
+        if self._dead.get(key, -1) >= version:
+            return None
+        self._remove(key)
+        kept = _compact(live)
+        self._objects[key] = kept
+        if (service := self.service_of(kept)) is not None:
+            self._by_service.setdefault(service, {})[key] = kept
+        return service
+
+    def drop(self, gone: Mapping[str, Any]) -> str | None:
+        """An object's end, as of its resource version; returns the service, None where no news."""
+        key, version = _key(gone), version_of(gone)
+        self._dead[key] = max(version, self._dead.get(key, -1))
+        known = self._objects.get(key)
+        if known is None or version_of(known) > version:
+            return None
+        self._remove(key)
+        return self.service_of(known)
+
+    def missing_from(self, listed: Mapping[Key, int], version: int) -> list[Json]:
+        """Objects that a list of `version` should hold and does not."""
+        return [
+            live
+            for key, live in self._objects.items()
+            if key not in listed and version_of(live) <= version
+        ]
+
+    def outdated_by(self, listed: Mapping[Key, int]) -> list[Key]:
+        """Keys of which a list holds something newer."""
+        found = []
+        for key, version in listed.items():
+            known = self._objects.get(key)
+            newest = version_of(known) if known is not None else self._dead.get(key, -1)
+            if newest < version:
+                found.append(key)
+        return found
+
+    def forget_deaths(self, version: int) -> None:
+        """After a list of `version` older deletions need not be remembered."""
+        self._dead = {key: died for key, died in self._dead.items() if died > version}
+
+    def service_of(self, live: Mapping[str, Any]) -> str | None:
+        meta = live["metadata"]
+        if self.kind is INFERENCE_SERVICES:
+            return f"{meta['namespace']}/{meta['name']}"
+        name = (meta.get("labels") or {}).get(LABEL_SERVICE)
+        return None if name is None else f"{meta['namespace']}/{name}"
+
+    def _remove(self, key: Key) -> None:
+        before = self._objects.pop(key, None)
+        if before is None or (service := self.service_of(before)) is None:
+            return
+        mine = self._by_service.get(service, {})
+        mine.pop(key, None)
+        if not mine:
+            self._by_service.pop(service, None)
+
+
+class World:
+    """Everything that is watched."""
+
+    def __init__(self) -> None:
+        self._kinds: Mapping[Kind, Objects] = MappingProxyType(
+            {kind: Objects(kind) for kind in (*WATCHED, POD_MONITORS)}
+        )
+        self._nodes: dict[str, bool] = {}
+
+    def __getitem__(self, kind: Kind) -> Objects:
+        return self._kinds[kind]
+
+    def keeps(self, kind: Kind) -> bool:
+        """Whether objects of this kind are remembered."""
+        return kind in self._kinds
+
+    @property
+    def nodes(self) -> Mapping[str, bool]:
+        """By name, whether a node answers; those never seen are not named."""
+        return self._nodes
+
+    def put_node(self, node: Mapping[str, Any]) -> bool:
+        """A node's state; whether its readiness is news."""
+        name, ready = node["metadata"]["name"], _node_ready(node)
+        news = self._nodes.get(name) is not ready
+        self._nodes[name] = ready
+        return news
+
+    def drop_node(self, name: str) -> bool:
+        """A node is gone; pods that say they run there do not."""
+        news = self._nodes.get(name) is not False
+        self._nodes[name] = False
+        return news
+
+
+def version_of(live: Mapping[str, Any]) -> int:
+    return version_number(live["metadata"].get("resourceVersion") or "")
+
+
+def version_number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
+
+
+def uid_of(live: Mapping[str, Any]) -> str:
+    uid: str = live["metadata"]["uid"]
+    return uid
+
+
+def controller_uid(live: Mapping[str, Any]) -> str | None:
+    """The uid of the object that owns this one; None for an orphan."""
+    owners = live["metadata"].get("ownerReferences") or ()
+    return next((owner["uid"] for owner in owners if owner.get("controller")), None)
+
+
+def _key(live: Mapping[str, Any]) -> Key:
+    return Key(live["metadata"]["namespace"], live["metadata"]["name"])
+
+
+def _compact(live: Mapping[str, Any]) -> Json:
+    """Without what nobody reads, and with keys that all objects share (orjson keeps one copy)."""
+    meta = {key: value for key, value in live["metadata"].items() if key != "managedFields"}
+    if _DROPPED_ANNOTATION in (meta.get("annotations") or {}):
+        meta["annotations"] = {
+            key: value for key, value in meta["annotations"].items() if key != _DROPPED_ANNOTATION
+        }
+    kept: Json = orjson.loads(orjson.dumps({**live, "metadata": meta}))
+    return kept
+
+
+def _node_ready(node: Mapping[str, Any]) -> bool:
+    conditions = (node.get("status") or {}).get("conditions") or ()
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)

@@ -1,0 +1,44 @@
+"""A router's own view of its replicas, for the planner."""
+
+from types import MappingProxyType
+from typing import Final
+
+import grpc
+
+from shoal.api.v1 import router_pb2, router_pb2_grpc
+from shoal.operator.observe import EndpointView, RouterView
+
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.enable_http_proxy", 0),
+    # Processes come and go: a connection that failed is tried again soon, and not shared.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.use_local_subchannel_pool", 1),
+    # An answer names every replica of every service.
+    ("grpc.max_receive_message_length", 64 << 20),
+)
+
+
+class RouterClient:
+    """Asks one router for its load; made and closed in one event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = router_pb2_grpc.RouterStub(self._channel)
+
+    async def views(self, within: float) -> dict[str, RouterView] | None:
+        """By service, what the router acts on; None where it does not answer."""
+        try:
+            load = await self._stub.GetLoad(router_pb2.GetLoadRequest(), timeout=within)
+        except grpc.aio.AioRpcError:
+            return None
+        return {service.service: _view(service) for service in load.services}
+
+    async def close(self) -> None:
+        await self._channel.close(None)
+
+
+def _view(load: router_pb2.ServiceLoad) -> RouterView:
+    endpoints = {e.name: EndpointView(e.address, e.admitted, e.in_flight) for e in load.endpoints}
+    return RouterView(load.generation, MappingProxyType(endpoints))
