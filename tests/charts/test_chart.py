@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from shoal.api import names
+from shoal.operator.kube.settings import GATES, read_settings
 from shoal.operator.platform import PodDefaults
 from shoal.router.__main__ import build_parser as router_parser
 
@@ -74,6 +75,35 @@ def test_the_router_understands_its_flags(render: "Render") -> None:
     assert str(options.tls_cert_file) == "/etc/shoal/tls/tls.crt"
     assert (options.shutdown_delay_seconds, options.log_level) == (7, "debug")
     assert options.log_format == "text"
+
+
+def test_the_operator_understands_its_flags(render: "Render", tmp_path: Path) -> None:
+    """The program parses what the chart passes, and means by it what the values say."""
+    rendering = render(
+        "namespaces={a,b}",
+        "featureGates.MultiNode=true",
+        "logFormat=text",
+        "workers.image.tag=v7",
+        "operator.extraArgs={--workers=3}",
+    )
+    path = tmp_path / "pod-defaults.yaml"
+    path.write_text(rendering.one("ConfigMap", "shoal-pod-defaults")["data"][path.name])
+    container = rendering.container("operator")
+    arguments = [a.replace("/etc/shoal", str(tmp_path)) for a in container["args"]]
+    settings = read_settings(arguments, {})
+    assert settings.namespaces == ("a", "b")
+    assert (settings.platform.multi_node, settings.platform.gpus) == (True, False)
+    assert settings.platform.pods.image == "shoal-worker:v7"
+    assert (settings.log_format, settings.workers) == ("text", 3)
+    assert settings.lease_namespace == settings.router_namespace == "shoal-system"
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"health": settings.health_port, "metrics": settings.metrics_port}
+
+
+def test_every_gate_is_a_value(render: "Render") -> None:
+    """The chart knows the operator's feature gates, with the same defaults."""
+    values = yaml.safe_load((ROOT / "charts/shoal/values.yaml").read_text(encoding="utf-8"))
+    assert values["featureGates"] == GATES
 
 
 def test_a_stopping_router_has_its_time(render: "Render") -> None:

@@ -1,0 +1,200 @@
+"""The charts on a real API server: every rendering is accepted, upgrades disturb nobody."""
+
+import io
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from e2e.cluster import platform, services
+from e2e.cluster.command import wait_for
+from e2e.cluster.kube import Object
+from e2e.cluster.layout import CHECKOUT, ClusterError
+from e2e.cluster.load import Load, undisturbed
+from e2e.cluster.platform import Platform
+from e2e.cluster.report import Report
+from e2e.cluster.testbed import Testbed
+
+CHART = CHECKOUT / "charts/shoal"
+EXAMPLES = sorted((CHECKOUT / "manifests/examples").glob("*.yaml"))
+STREAMS = 4
+NAME = "upgraded"
+TABLE = f"helm upgrade with a service under {STREAMS} streams"
+# Every switch whose objects a bare Kubernetes knows.
+SWITCHES = {
+    "defaults": (),
+    "networks": (
+        "networkPolicy.enabled=true",
+        "networkPolicy.clients[0].podSelector.matchLabels.app=web",
+        "networkPolicy.scrapers[0].namespaceSelector.matchLabels.name=monitoring",
+        "networkPolicy.workerEgress[0].ports[0].port=443",
+        "namespaces={default}",
+    ),
+    "front": (
+        "ingress.enabled=true",
+        "ingress.hosts={llm.example.com}",
+        "ingress.tls[0].secretName=llm-tls",
+        "router.service.type=LoadBalancer",
+        "router.service.loadBalancerSourceRanges={10.0.0.0/8}",
+        "router.tls.enabled=true",
+        "router.tls.secretName=mine",
+        "router.autoscaling.enabled=true",
+    ),
+    "rest": (
+        "monitoring.dashboard.enabled=true",
+        "featureGates.MultiNode=true",
+        "router.podDisruptionBudget.maxUnavailable=50%",
+        "operator.extraEnv[0].name=HTTPS_PROXY",
+        "router.tolerations[0].operator=Exists",
+        "workers.podOverlay.spec.nodeSelector.disk=fast",
+    ),
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_the_api_server_accepts_a_rendering(
+    cluster: Testbed, shoal: Platform, namespace: str, switches: tuple[str, ...]
+) -> None:
+    """Every object of the chart is valid to this Kubernetes, unknown fields included."""
+    sets = [part for assignment in switches for part in ("--set", assignment)]
+    text = cluster.kube.helm("template", "dry", CHART, "--namespace", namespace, *sets)
+    cluster.kube.kubectl(
+        *("apply", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", "-"),
+        stdin=_in_one_namespace(text, namespace),
+    )
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_api_server_accepts_an_example(
+    cluster: Testbed, shoal: Platform, namespace: str, example: Path
+) -> None:
+    """Types, CEL rules and Kubernetes' own kinds take every example as it is."""
+    cluster.kube.kubectl(
+        *("apply", "--dry-run=server", "--validate=strict", "-n", namespace, "-f", str(example))
+    )
+
+
+@pytest.fixture
+def served(cluster: Testbed, shoal: Platform) -> Iterator[str]:
+    """A namespace with one ready service."""
+    namespace = cluster.make_namespace("charts")
+    cluster.kube.apply(namespace, services.service(NAME))
+    _wait_settled(cluster, namespace)
+    yield namespace
+    cluster.remove_namespace(namespace)
+
+
+def test_an_upgrade_disturbs_nobody(
+    cluster: Testbed,
+    shoal: Platform,
+    served: str,
+    report: Report,
+    tmp_path: Path,
+) -> None:
+    """From the previous chart to this one, operator and routers replaced: no worker pod is
+    restarted, no request fails, no answer changes."""
+    before = previous_charts(tmp_path)
+    if before is not None:
+        shoal.install(charts=before)
+        _wait_settled(cluster, served)
+    expected = undisturbed(shoal.url, NAME, STREAMS)
+    pods = _identities(cluster, served)
+    with Load(shoal.url, NAME, expected) as load, load.window() as window:
+        # The annotations replace the pods also where the two charts are equal.
+        mark = "podAnnotations.upgraded=yes"
+        shoal.install("--set", f"operator.{mark},router.{mark}")
+        _wait_settled(cluster, served)
+    report.head(TABLE, "from", "answers", "failed", "altered", "worker pods replaced")
+    report.row(
+        TABLE,
+        "the previous chart" if before else "the same chart",
+        *(str(len(window.answers)), str(len(window.failed)), str(window.altered)),
+        str(len(pods - _identities(cluster, served))),
+    )
+    assert len(window.answers) >= STREAMS
+    assert not window.failed, window.failed[:3]
+    assert not window.altered
+    assert _identities(cluster, served) == pods
+
+
+def test_listed_namespaces_are_enough(cluster: Testbed, shoal: Platform, served: str) -> None:
+    """With Roles in one namespace alone, operator and router do all they do for it."""
+    other = cluster.make_namespace("elsewhere")
+    try:
+        shoal.install("--set", f"namespaces={{{served}}}")
+        cluster.kube.patch("infs", NAME, served, {"spec": {"engine": {"maxNumSeqs": 16}}})
+        _wait_settled(cluster, served)
+        undisturbed(shoal.url, NAME, 1)
+        cluster.kube.apply(other, services.service(NAME))
+        assert not services.workers(cluster.kube, other, NAME)
+    finally:
+        shoal.install()
+        cluster.remove_namespace(other)
+
+
+def test_uninstalling_keeps_services_and_their_pods(
+    cluster: Testbed, shoal: Platform, served: str
+) -> None:
+    """helm uninstall leaves services and worker pods; installed again, they are served at once."""
+    pods = _identities(cluster, served)
+    try:
+        shoal.uninstall()
+        said = cluster.kube.helm("uninstall", platform.CRDS, "-n", platform.NAMESPACE)
+        assert "kept" in said and "inferenceservices.serving.shoal.dev" in said
+        assert cluster.kube.get("infs", NAME, served)
+        assert _identities(cluster, served) == pods
+    finally:
+        shoal.install()
+    _wait_settled(cluster, served)
+    undisturbed(shoal.url, NAME, 1)
+    assert _identities(cluster, served) == pods
+
+
+def previous_charts(folder: Path) -> Path | None:
+    """The charts of the last commit that changed them; None where history is not there."""
+    git = ("git", "-C", str(CHECKOUT))
+    log = (*git, "log", "-1", "--skip=1", "--format=%H", "--", "charts/shoal", "charts/shoal-crds")
+    commit = subprocess.run(log, capture_output=True, text=True, check=False).stdout.strip()
+    if not commit:
+        return None
+    archive = subprocess.run(
+        [*git, "archive", commit, "charts"], capture_output=True, check=False
+    ).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "charts"
+
+
+def _identities(cluster: Testbed, namespace: str) -> set[tuple[str, int]]:
+    """Worker pods that stay, by uid, with the restarts of their containers."""
+    return {
+        (
+            str(pod["metadata"]["uid"]),
+            sum(one["restartCount"] for one in pod["status"].get("containerStatuses", [])),
+        )
+        for pod in services.workers(cluster.kube, namespace, NAME)
+    }
+
+
+def _wait_settled(cluster: Testbed, namespace: str) -> None:
+    try:
+        wait_for(
+            "the service at full strength",
+            240,
+            lambda: services.settled(cluster.kube, namespace, NAME, 1),
+            every=0.5,
+        )
+    except ClusterError as error:
+        pytest.fail(f"{error}\n{cluster.describe(namespace)}")
+
+
+def _in_one_namespace(text: str, namespace: str) -> str:
+    """A dry run needs namespaces that exist: Roles of listed ones go to the test's."""
+    objects: list[Object] = [one for one in yaml.safe_load_all(text) if one]
+    for one in objects:
+        if "namespace" in one["metadata"]:
+            one["metadata"]["namespace"] = namespace
+    return yaml.safe_dump_all(objects)
