@@ -6,7 +6,7 @@ a plan is a function of what was observed.
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from shoal.api.types import InferenceService, InferenceServiceStatus
@@ -19,7 +19,7 @@ from shoal.operator.kube.news import news, pod_news
 from shoal.operator.kube.observing import observe, read_status
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.routers import RouterFleet
-from shoal.operator.kube.verdicts import refused_status, unreadable_status
+from shoal.operator.kube.verdicts import unreadable_status
 from shoal.operator.kube.world import Key, World, uid_of
 from shoal.operator.observe import Observed
 from shoal.operator.plan import Plan, plan
@@ -61,6 +61,7 @@ class Reconciler:
         self._progress = progress
         self._events = events
         self._around = around
+        self._rejected: dict[str, tuple[int, str]] = {}  # by service: generation, sentence
 
     async def reconcile(self, key: str) -> float | None:
         """Looks at the service `namespace/name` once.
@@ -75,6 +76,7 @@ class Reconciler:
             # Owner references take everything along; what is being deleted is not mended.
             self._fleet.under_way(key, False)
             self._progress.follow(key, ())
+            self._rejected.pop(key, None)
             return None
         if entry.service is None:
             await self._tell_unreadable(where, entry)
@@ -82,9 +84,34 @@ class Reconciler:
         return await self._act(where, key, entry.service)
 
     async def _act(self, where: Key, key: str, service: InferenceService) -> float | None:
+        observed = self._observe(where, key, service)
+        decided = self._plan(service, observed)
+        self._fleet.under_way(key, _waits_for_routers(observed, decided))
+        acted, again = False, None
+        try:
+            acted = await self._bring_about(service, observed, decided)
+        except Refused as error:
+            again = _REFUSED_SECONDS
+            observed = self._note_rejection(key, service, observed, str(error))
+            decided = self._plan(service, observed)
+        except NotYet as error:
+            log.info("%s: %s", key, error)
+            again = error.seconds
+        else:
+            # What was refused is not any more: the status may say so.
+            acted |= self._rejected.pop(key, None) is not None
+        await self._tell(where, service, observed, decided.status)
+        if acted:
+            return 0.0  # what was done is seen already: there may be more to do
+        if again is None and any(pod.retiring for pod in observed.pods):
+            return _DRAIN_SECONDS
+        return again
+
+    def _observe(self, where: Key, key: str, service: InferenceService) -> Observed:
         live = self._world[INFERENCE_SERVICES].get(*where)
         assert live is not None, "nothing was awaited since it was found"
         self._progress.follow(key, self._world[PODS].of(key))
+        generation, sentence = self._rejected.get(key, (None, None))
         observed = observe(
             self._world,
             key,
@@ -94,26 +121,19 @@ class Reconciler:
             url=self._around.url,
             progress=self._progress.lines,
         )
-        decided = plan(service, observed, self._around.wall(), self._around.platform)
-        self._fleet.under_way(key, _waits_for_routers(observed, decided))
-        acted, refused, again = False, None, None
-        try:
-            acted = await self._bring_about(service, observed, decided)
-        except Refused as error:
-            refused, again = str(error), _REFUSED_SECONDS
-        except NotYet as error:
-            log.info("%s: %s", key, error)
-            again = error.seconds
-        status = decided.status
-        if refused is not None:
-            log.warning("%s: %s", key, refused)
-            status = refused_status(observed.status, status, refused, self._around.wall())
-        await self._tell(where, service, observed, status)
-        if acted:
-            return 0.0  # what was done is seen already: there may be more to do
-        if again is None and any(pod.retiring for pod in observed.pods):
-            return _DRAIN_SECONDS
-        return again
+        same = generation == service.metadata.generation
+        return replace(observed, rejected=sentence) if same else observed
+
+    def _plan(self, service: InferenceService, observed: Observed) -> Plan:
+        return plan(service, observed, self._around.wall(), self._around.platform)
+
+    def _note_rejection(
+        self, key: str, service: InferenceService, observed: Observed, sentence: str
+    ) -> Observed:
+        if observed.rejected != sentence:
+            log.warning("%s: %s", key, sentence)
+        self._rejected[key] = service.metadata.generation or 0, sentence
+        return replace(observed, rejected=sentence)
 
     async def _bring_about(
         self, service: InferenceService, observed: Observed, decided: Plan
