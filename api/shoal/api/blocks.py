@@ -10,6 +10,7 @@ the engine trusts equal hashes without comparing tokens. On the wire a block goe
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import NewType
 
@@ -18,6 +19,7 @@ BlockHash = NewType("BlockHash", bytes)  # 16 bytes
 HASH_BYTES = 16
 
 
+@lru_cache(maxsize=256)
 def root_hash(revision: str, salt: str = "") -> BlockHash:
     """The parent of a first block. `salt` names the tenant or adapter, or is empty."""
     return BlockHash(blake2b(f"{revision}\0{salt}".encode(), digest_size=HASH_BYTES).digest())

@@ -49,9 +49,10 @@ class GenerationError(Exception):
         self.field = field
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationRequest:
-    """Token ids in. `sampling` passes into the router's hands, which may set its seed."""
+    """Token ids in. Nobody changes it once it is submitted, but `sampling` passes into the
+    router's hands, which may set its seed."""
 
     service: str
     token_ids: Sequence[int]

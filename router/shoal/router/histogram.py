@@ -5,8 +5,9 @@ to a fifth and 0.06 ms to 1,000 s take 100 buckets. The same counts serve Promet
 the start, at every power of two) and the autoscaler (quantiles over the last minute).
 """
 
+from bisect import bisect_left
 from collections import deque
-from math import ceil, log2
+from math import ceil
 
 PER_OCTAVE = 4
 LOWEST = -14  # 2**-14 s = 0.06 ms
@@ -14,6 +15,8 @@ HIGHEST = 10  # 2**10 s = 17 min
 BUCKETS = (HIGHEST - LOWEST) * PER_OCTAVE
 WINDOW_SECONDS = 10.0
 WINDOWS = 6
+# Upper bounds of all buckets but the last, which has none.
+_BOUNDS = [2 ** ((k + 1) / PER_OCTAVE + LOWEST) for k in range(BUCKETS - 1)]
 
 
 class Histogram:
@@ -29,11 +32,7 @@ class Histogram:
     def add(self, seconds: float, count: int = 1) -> None:
         """Records `count` observations of this duration."""
         self.sum += seconds * count
-        if seconds > 0:
-            bucket = ceil(log2(seconds) * PER_OCTAVE) - 1 - LOWEST * PER_OCTAVE
-            self._current[min(max(bucket, 0), BUCKETS - 1)] += count
-        else:
-            self._current[0] += count
+        self._current[bisect_left(_BOUNDS, seconds)] += count
 
     def tick(self, now: float) -> None:
         """Closes the current window once its time is over. Call about once a second."""

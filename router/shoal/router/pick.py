@@ -110,20 +110,20 @@ def pick(
     choice = eligible(candidates, demand)
     if len(choice) <= 1:
         return choice[0] if choice else None
+    cached = [cached_tokens.get(c.name, 0) for c in choice]
     if demand.session is not None:
         session = demand.session
-        home = max(choice, key=lambda c: _rendezvous(session, c.name))
-        soonest = _Soonest(choice, demand.tokens, cached_tokens)
-        if soonest.of(home) <= soonest.least + settings.load_limit_seconds:
-            return home
+        home = max(range(len(choice)), key=lambda k: _rendezvous(session, choice[k].name))
+        seconds, _ = _soonest(choice, demand.tokens, cached)
+        if seconds[home] <= min(seconds) + settings.load_limit_seconds:
+            return choice[home]
     match settings.policy:
         case RoutingPolicy.ROUND_ROBIN:
             return sorted(choice)[turn % len(choice)]
         case RoutingPolicy.LEAST_REQUESTS:
             return _least_in_flight(choice, rng)
         case RoutingPolicy.PREFIX_AWARE:
-            soonest = _Soonest(choice, demand.tokens, cached_tokens)
-            return _prefix_aware(choice, soonest, cached_tokens, settings, rng)
+            return _prefix_aware(choice, demand.tokens, cached, settings, rng)
 
 
 def draw_revision(weights: Mapping[str, int], share: float) -> str | None:
@@ -148,48 +148,42 @@ def share_of(session: str) -> float:
     return int.from_bytes(digest, "big") / 2**48
 
 
-class _Soonest:
-    """Predictions for all choices, made once."""
-
-    def __init__(
-        self, choice: Sequence[Candidate], tokens: int, cached_tokens: Mapping[str, int]
-    ) -> None:
-        measured = [c.prefill_tokens_per_second for c in choice if c.prefill_tokens_per_second]
-        self.rate = sum(measured) / len(measured) if measured else DEFAULT_PREFILL_RATE
-        self._seconds = {
-            c.name: predicted_ttft(c, tokens - cached_tokens.get(c.name, 0), self.rate)
-            for c in choice
-        }
-        self.least = min(self._seconds.values())
-
-    def of(self, candidate: Candidate) -> float:
-        return self._seconds[candidate.name]
+def _soonest(
+    choice: Sequence[Candidate], tokens: int, cached: Sequence[int]
+) -> tuple[list[float], float]:
+    """Predicted seconds of each, `cached` beside them, and the prefill rate of those that have
+    measured none."""
+    measured = [c.prefill_tokens_per_second for c in choice if c.prefill_tokens_per_second]
+    rate = sum(measured) / len(measured) if measured else DEFAULT_PREFILL_RATE
+    seconds = [
+        predicted_ttft(c, tokens - held, rate) for c, held in zip(choice, cached, strict=True)
+    ]
+    return seconds, rate
 
 
 def _prefix_aware(
     choice: Sequence[Candidate],
-    soonest: _Soonest,
-    cached_tokens: Mapping[str, int],
+    tokens: int,
+    cached: Sequence[int],
     settings: PickSettings,
     rng: random.Random,
 ) -> Candidate:
-    longest = max((cached_tokens.get(c.name, 0) for c in choice), default=0)
+    seconds, rate = _soonest(choice, tokens, cached)
+    ranked = list(zip(seconds, cached, choice, strict=True))
+    longest = max(cached)
     if longest:
-        saved = longest / soonest.rate
-        limit = soonest.least + min(settings.load_limit_seconds, 2 * saved)
-        holders = [
-            c
-            for c in choice
-            if cached_tokens.get(c.name, 0) >= settings.affinity_share * longest
-            and soonest.of(c) <= limit
-        ]
-        choice = holders or choice
-    least = min(soonest.of(c) for c in choice)
+        saved = longest / rate
+        limit = min(seconds) + min(settings.load_limit_seconds, 2 * saved)
+        enough = settings.affinity_share * longest
+        ranked = [entry for entry in ranked if entry[1] >= enough and entry[0] <= limit] or ranked
+    least = min(entry[0] for entry in ranked)
     tie = least + max(TIE_SECONDS, TIE_RATIO * least)
-    return _least_in_flight([c for c in choice if soonest.of(c) <= tie], rng)
+    return _least_in_flight([c for when, _, c in ranked if when <= tie], rng)
 
 
 def _least_in_flight(choice: Sequence[Candidate], rng: random.Random) -> Candidate:
+    if len(choice) == 1:
+        return choice[0]
     least = min(c.in_flight for c in choice)
     return rng.choice([c for c in choice if c.in_flight == least])
 

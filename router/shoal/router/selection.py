@@ -101,12 +101,13 @@ class Selection:
         cached: dict[str, int] = {}
         if not len(self.index):
             return cached
-        for seed, size in {(replica.hash_seed, replica.block_size) for replica in replicas}:
-            blocks = piece.blocks.get((seed, size))
+        for kind in {(replica.hash_seed, replica.block_size) for replica in replicas}:
+            blocks = piece.blocks.get(kind)
+            seed, size = kind
             if blocks is None:
                 request = piece.generation.request
                 blocks = PromptBlocks(root_hash(seed, request.salt), request.token_ids, size)
-                piece.blocks[seed, size] = blocks
+                piece.blocks[kind] = blocks
             # Only replicas of this root can match: every hash begins with it.
             for name, matched in self.index.match(blocks).items():
                 cached[name] = matched * size
