@@ -177,6 +177,10 @@ class CanaryStep(ApiModel):
     pause_seconds: int = Field(
         default=0, ge=0, le=604_800, description="Time at this weight before the next step."
     )
+    until_promoted: bool = Field(
+        default=False,
+        description="Stay at this weight until somebody promotes the canary by hand.",
+    )
 
 
 class CanaryAnalysis(ApiModel):
@@ -221,6 +225,13 @@ class CanarySpec(ApiModel):
     analysis: CanaryAnalysis | None = Field(
         default=None,
         description="Judges the new revision at every step. Default: time alone decides.",
+    )
+    abort_retention_seconds: int = Field(
+        default=600,
+        ge=0,
+        le=604_800,
+        description="Time that replicas of an aborted canary stay, without requests, "
+        "to be looked at.",
     )
 
 
