@@ -22,6 +22,9 @@ _DEAF_SECONDS: Final = 90  # without even a bookmark, the connection counts as d
 _CALL_SECONDS: Final = 30
 _CONNECT_SECONDS: Final = 5
 _IDLE_SECONDS: Final = 1
+# Read by peers only, and there are none. Unset, kopf looks up the name of its user, and the user
+# of a container has none. (Its type is private to kopf.)
+_IDENTITY: Final[Any] = "shoal-operator"
 
 
 class Sink(Protocol):
@@ -61,6 +64,7 @@ async def watch(
         clusterwide=not namespaces,
         namespaces=list(namespaces),
         standalone=True,
+        identity=_IDENTITY,
         stop_flag=stop,
         ready_flag=ready,
     )
