@@ -64,6 +64,11 @@ class Kube:
         items: list[Object] = json.loads(text)["items"]
         return items
 
+    def conditions(self, namespace: str, name: str) -> dict[str, Object]:
+        """Conditions of an InferenceService by type."""
+        found = self.get("infs", name, namespace).get("status", {}).get("conditions", [])
+        return {one["type"]: one for one in found}
+
     def patch(self, kind: str, name: str, namespace: str, change: Object) -> None:
         """A JSON merge patch."""
         self.kubectl(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +26,10 @@ ENV_VALUES: Final = "SHOAL_E2E_VALUES"
 
 @dataclass
 class Platform:
-    """One release. `seconds` collects how long each phase took."""
+    """One release."""
 
     kube: Kube
     values: Path
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def install(self, *flags: str, charts: Path = CHARTS) -> None:
         """Both charts, and waits until every pod is ready. Raises ClusterError."""
@@ -65,6 +64,7 @@ class Platform:
     def leader(self) -> Object:
         """The pod of the operator that leads."""
         name = wait_for("a leading operator", 30, self.holder)
+        assert name is not None
         return self.kube.get("pod", name, NAMESPACE)
 
     def metrics(self, pod: Object, port: int = 9090) -> dict[str, float]:

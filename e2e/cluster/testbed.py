@@ -4,14 +4,20 @@ import json
 import os
 import re
 import signal
+import ssl
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import httpx
+import yaml
+
 from e2e.cluster import platform
 from e2e.cluster.kube import Kube, Object
-from e2e.cluster.layout import HERE, ClusterError, Layout
+from e2e.cluster.layout import API_SERVER, HERE, ClusterError, Layout
 from e2e.cluster.processes import Processes
 
 EVIDENCE: Final = HERE / ".evidence"
@@ -70,11 +76,8 @@ class Testbed:
 
     # --- faults of the host, on our own node alone
 
-    def kill_in_pod(self, pod: Object, command: str, number: int = signal.SIGKILL) -> int:
-        """Signals the pod's process whose command line holds `command`, from the host; its id.
-
-        From within, a container's first process cannot be killed.
-        """
+    def pid_in_pod(self, pod: Object, command: str) -> int:
+        """The pod's process, as the host counts, whose command line holds `command`."""
         uid = pod["metadata"]["uid"]
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -83,9 +86,32 @@ class Testbed:
             except OSError:
                 continue  # it just ended
             if uid in groups and command in line:
-                os.kill(int(entry.name), number)
                 return int(entry.name)
         raise ClusterError(f"pod {pod['metadata']['name']} runs no process with {command!r}")
+
+    def kill_in_pod(self, pod: Object, command: str, number: int = signal.SIGKILL) -> None:
+        """From the host: within it, a container's first process cannot be killed."""
+        os.kill(self.pid_in_pod(pod, command), number)
+
+    def create_all(self, namespace: str, objects: Sequence[Object]) -> None:
+        """Creates InferenceServices by the hundred, without kubectl's client-side limits."""
+        assert self.layout is not None
+        config = yaml.safe_load(self.layout.kubeconfig().read_text())
+        context = ssl.create_default_context(cafile=str(self.layout.pki / "ca.crt"))
+        token = config["users"][0]["user"]["token"]
+        path = f"/apis/serving.shoal.dev/v1alpha1/namespaces/{namespace}/inferenceservices"
+        with httpx.Client(
+            base_url=API_SERVER,
+            verify=context,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=60,
+        ) as client:
+
+            def create(thing: Object) -> None:
+                client.post(path, json=thing).raise_for_status()
+
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(create, objects))
 
     def stop_api_server(self) -> None:
         assert self.layout is not None
@@ -120,4 +146,5 @@ def evict(kube: Kube, namespace: str, pod: str) -> None:
 
 
 def since(started: float) -> str:
-    return f"{time.monotonic() - started:.1f} s"
+    """Seconds since a monotonic time, for a report."""
+    return f"{time.monotonic() - started:.1f}"

@@ -1,7 +1,10 @@
 """A real Kubernetes with Shoal installed by Helm, for the whole session."""
 
+import fcntl
 import os
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ from e2e.cluster.kube import Kube, external_kubeconfig
 from e2e.cluster.layout import ClusterError, Layout, default_layout
 from e2e.cluster.platform import Platform
 from e2e.cluster.report import Report
-from e2e.cluster.testbed import Testbed
+from e2e.cluster.testbed import Testbed, since
+
+COSTS = "What the cluster costs"
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +34,7 @@ def layout() -> Layout:
 
 
 @pytest.fixture(scope="session")
-def cluster(layout: Layout, say: Say) -> Iterator[Testbed]:
+def cluster(layout: Layout, say: Say, report: Report) -> Iterator[Testbed]:
     """A cluster: the one that KUBECONFIG names, or our own, which is gone at the end."""
     chosen = external_kubeconfig()
     if chosen is not None and chosen.resolve() != layout.kubeconfig().resolve():
@@ -39,31 +44,41 @@ def cluster(layout: Layout, say: Say) -> Iterator[Testbed]:
         if os.environ.get("CI"):
             pytest.fail(f"no test cluster: {reason}")
         pytest.skip(reason)
-    started = node.up(layout, say, owned=True)
-    say("the cluster is up")
-    try:
-        yield Testbed(Kube(layout.kubeconfig()), layout)
-    finally:
-        kept = node.keep_logs(layout)
-        if started:
-            node.down(layout)
-            say(f"the cluster is gone; logs of its processes: {kept}")
+    with one_at_a_time(layout.cache / "session.lock", say):
+        began = time.monotonic()
+        started = node.up(layout, say, owned=True)
+        report.head(COSTS, "what", "seconds")
+        report.row(COSTS, "cluster up" if started else "found up", since(began))
+        try:
+            yield Testbed(Kube(layout.kubeconfig()), layout)
+        finally:
+            kept = node.keep_logs(layout)
+            if started:
+                node.down(layout)
+                say(f"the cluster is gone; logs of its processes: {kept}")
 
 
 @pytest.fixture(scope="session")
-def shoal(cluster: Testbed, say: Say, tmp_path_factory: pytest.TempPathFactory) -> Platform:
+def shoal(
+    cluster: Testbed, say: Say, report: Report, tmp_path_factory: pytest.TempPathFactory
+) -> Platform:
     """Shoal, installed."""
     values = tmp_path_factory.mktemp("helm") / "values.yaml"
+    began = time.monotonic()
     if cluster.layout is None:
         values = platform.external_values()
     else:
         platform.write_values(platform.own_values(cluster.layout, say), values)
+        report.row(COSTS, "images of router and operator there", since(began))
     found = Platform(cluster.kube, values)
+    began = time.monotonic()
     try:
         found.install()
     except ClusterError as error:
         pytest.fail(f"{error}\n{cluster.describe(platform.NAMESPACE)}")
-    say("helm install: operator and routers ready")
+    report.head(COSTS, "what", "seconds")
+    report.row(COSTS, "helm install: two operators and two routers ready", since(began))
+    say("helm install: operators and routers ready")
     return found
 
 
@@ -96,3 +111,16 @@ def report(say: Say, pytestconfig: pytest.Config) -> Iterator[Report]:
         say(line)
     if path := os.environ.get("SHOAL_E2E_RESULTS"):
         Path(path).write_text(found.markdown())
+
+
+@contextmanager
+def one_at_a_time(path: Path, say: Say) -> Iterator[None]:
+    """Sessions share a machine's one cluster in turn: each installs Shoal under the same name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another session uses the cluster: waiting for its end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -21,8 +21,6 @@ def test_an_applied_example_streams_an_answer(
     """kubectl apply, kubectl wait for Ready, and the openai client reads tokens as they come."""
     kube: Kube = cluster.kube
     report.head(TABLE, "phase", "seconds")
-    for phase, seconds in shoal.seconds.items():
-        report.row(TABLE, phase, f"{seconds:.1f}")
     started = time.monotonic()
     kube.apply(namespace, EXAMPLE)
     for name, title in (

@@ -1,0 +1,120 @@
+"""Replicas of two pods: created, lost and replaced as one."""
+
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from e2e.cluster import services
+from e2e.cluster.command import wait_for
+from e2e.cluster.kube import Kube, Object
+from e2e.cluster.platform import Platform
+from e2e.cluster.report import Report
+from e2e.cluster.testbed import Testbed
+
+NAME = "pair"
+TABLE = "Groups of two pods"
+# The leader runs the engine alone, the follower only lives: what is tested is the operator.
+LIVE = (
+    'if [ "$SHOAL_GROUP_MEMBER" = 0 ]; then exec python -m shoal.worker "$0" "$@"; fi; '
+    'trap "exit 0" TERM; sleep infinity & wait'
+)
+OVERLAY = {"spec": {"containers": [{"name": "worker", "command": ["sh", "-c", LIVE]}]}}
+
+
+@pytest.fixture
+def gated(shoal: Platform) -> Iterator[Platform]:
+    """The feature gate for groups, open."""
+    shoal.install("--set", "featureGates.MultiNode=true")
+    yield shoal
+    shoal.install()
+
+
+def test_a_lost_member_replaces_its_group_alone(
+    cluster: Testbed, gated: Platform, namespace: str, report: Report
+) -> None:
+    """Deleting a follower replaces both pods of its replica, and neither of the other's."""
+    kube = cluster.kube
+    made = services.service(
+        NAME, replicas=2, parallelism={"tensor": 2}, podOverlay=OVERLAY, resources={}
+    )
+    kube.apply(namespace, made)
+    started = time.monotonic()
+    wait_for("two groups", 240, lambda: _serves(kube, namespace), every=0.5)
+    report.head(TABLE, "what", "seconds")
+    report.row(TABLE, "two groups of two pods serve", f"{time.monotonic() - started:.1f}")
+    groups = _groups(kube, namespace)
+    assert {len(pods) for pods in groups.values()} == {2}
+    for pods in groups.values():
+        assert len({_label(pod, "revision") for pod in pods}) == 1
+        assert [_label(pod, "role") for pod in pods] == ["leader", "follower"]
+    _assert_name_resolves(kube, namespace, groups)
+    lost, kept = sorted(groups)
+    kube.delete("pod", _name(groups[lost][1]), namespace, "--wait=false")
+    gone = time.monotonic()
+    wait_for(
+        "the group to be replaced",
+        240,
+        lambda: (
+            _serves(kube, namespace)
+            and not _ids(groups[lost]) & _ids(services.workers(kube, namespace, NAME))
+        ),
+        every=0.5,
+    )
+    report.row(TABLE, "a deleted follower's group is replaced", f"{time.monotonic() - gone:.1f}")
+    now = _groups(kube, namespace)
+    assert sorted(map(len, now.values())) == [2, 2]
+    assert _ids(groups[kept]) <= _ids(services.workers(kube, namespace, NAME))
+    answer = httpx.post(
+        f"{gated.url}/v1/completions",
+        json={"model": NAME, "prompt": "Fish live in", "max_tokens": 4},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+
+
+def test_groups_are_refused_while_their_gate_is_closed(
+    cluster: Testbed, shoal: Platform, namespace: str
+) -> None:
+    """Without the feature gate, a condition names it, and no pod is made."""
+    kube = cluster.kube
+    kube.apply(namespace, services.service(NAME, parallelism={"tensor": 2}))
+    ready = wait_for("a condition", 30, lambda: kube.conditions(namespace, NAME).get("Ready"))
+    assert ready["status"] == "False"
+    assert "MultiNode" in ready["message"], ready
+    assert not services.workers(kube, namespace, NAME)
+
+
+def _groups(kube: Kube, namespace: str) -> dict[str, list[Object]]:
+    """Pods by replica, leader first."""
+    groups: dict[str, list[Object]] = {}
+    for pod in services.workers(kube, namespace, NAME):
+        groups.setdefault(_label(pod, "replica"), []).append(pod)
+    return {key: sorted(pods, key=lambda it: _label(it, "member")) for key, pods in groups.items()}
+
+
+def _serves(kube: Kube, namespace: str) -> bool:
+    status = kube.get("infs", NAME, namespace).get("status", {})
+    pods = services.workers(kube, namespace, NAME)
+    return status.get("routableReplicas") == 2 and len(pods) == 4
+
+
+def _assert_name_resolves(kube: Kube, namespace: str, groups: dict[str, list[Object]]) -> None:
+    """The follower finds its leader by the address in its environment."""
+    leader, follower = next(iter(groups.values()))
+    code = "import os, socket; print(socket.gethostbyname(os.environ['SHOAL_LEADER_ADDRESS']))"
+    found = kube.kubectl("exec", "-n", namespace, _name(follower), "--", "python", "-c", code)
+    assert found.strip() == leader["status"]["podIP"]
+
+
+def _label(pod: Object, name: str) -> str:
+    return str(pod["metadata"]["labels"][f"serving.shoal.dev/{name}"])
+
+
+def _name(pod: Object) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def _ids(pods: list[Object]) -> set[str]:
+    return {str(pod["metadata"]["uid"]) for pod in pods}

@@ -1,0 +1,193 @@
+"""A thousand services on fake nodes: how fast, how small, and how quiet the operator is."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import pytest
+
+from e2e.cluster import kwok, platform, services
+from e2e.cluster.command import Say, wait_for
+from e2e.cluster.kube import Kube, Object, condition
+from e2e.cluster.layout import ClusterError
+from e2e.cluster.platform import Platform, metrics_of
+from e2e.cluster.report import Report
+from e2e.cluster.testbed import Testbed
+
+COUNT = 1000
+NODES = 10
+TABLE = f"{COUNT} services on {NODES} fake nodes"
+QUIET_SECONDS = 60
+WRITES = ("POST", "PUT", "PATCH", "DELETE", "APPLY")
+
+
+@dataclass
+class Crowd:
+    bed: Testbed
+    shoal: Platform
+    namespace: str
+    report: Report
+
+    @property
+    def kube(self) -> Kube:
+        return self.bed.kube
+
+    def reconciled(self) -> list[Object]:
+        """Services whose pod exists and whose status says so for their present spec."""
+        found = self.kube.list("infs", self.namespace)
+        return [
+            one
+            for one in found
+            if one.get("status", {}).get("observedGeneration") == one["metadata"]["generation"]
+            and one["status"].get("replicas") == one["spec"].get("replicas")
+            and condition(one, "Progressing")
+        ]
+
+    def operator(self) -> psutil.Process:
+        """The leading operator's process."""
+        assert self.bed.layout is not None
+        return psutil.Process(self.bed.pid_in_pod(self.shoal.leader(), "shoal.operator"))
+
+    def writes(self) -> float:
+        """Writing requests that the API server has served to things the operator writes."""
+        return sum(
+            metrics_of(
+                self.kube.raw("/metrics"),
+                lambda line: (
+                    line.startswith("apiserver_request_total{")
+                    and any(f'verb="{verb}"' in line for verb in WRITES)
+                    and any(f'resource="{it}"' in line for it in _WRITTEN)
+                ),
+            ).values()
+        )
+
+    def row(self, what: str, value: str, limit: str) -> None:
+        self.report.head(TABLE, "what", "measured", "limit")
+        self.report.row(TABLE, what, value, limit)
+
+
+_WRITTEN = (
+    *("inferenceservices", "pods", "services", "configmaps", "controllerrevisions"),
+    *("poddisruptionbudgets", "secrets", "podmonitors"),
+)
+
+
+@pytest.fixture(scope="module")
+def crowd(cluster: Testbed, shoal: Platform, report: Report, say: Say) -> Iterator[Crowd]:
+    if cluster.layout is None:
+        pytest.skip("fake nodes need kwok, which runs on our own node alone")
+    kube = cluster.kube
+    namespace = cluster.make_namespace("thousand")
+    nodes = list(kwok.nodes(NODES))
+    kube.apply(namespace, *nodes)
+    wait_for(
+        "the fake nodes",
+        60,
+        lambda: (
+            sum(
+                condition(one, "Ready").get("status") == "True"
+                for one in kube.list("nodes", selector="type=kwok")
+            )
+            == NODES
+        ),
+    )
+    say(f"{NODES} fake nodes")
+    yield Crowd(cluster, shoal, namespace, report)
+    kube.kubectl("delete", "infs", "--all", "-n", namespace, "--wait=false", seconds=300)
+    kube.kubectl("delete", "namespace", namespace, "--wait=true", seconds=400)
+    kube.kubectl("delete", "nodes", "-l", "type=kwok")
+
+
+def test_a_thousand_services_are_reconciled(crowd: Crowd) -> None:
+    """All have their pod and a status within 30 s of the last one's being applied."""
+    objects = [services.fake_service(f"s{index:04}", kwok.placement()) for index in range(COUNT)]
+    before = crowd.operator().cpu_times()
+    started = time.monotonic()
+    crowd.bed.create_all(crowd.namespace, objects)
+    created = time.monotonic()
+    wait_for("all to be reconciled", 180, lambda: len(crowd.reconciled()) == COUNT, every=0.5)
+    done = time.monotonic()
+    process = crowd.operator()
+    after, memory = process.cpu_times(), process.memory_info().rss / 2**20
+    spent = after.user + after.system - before.user - before.system
+    crowd.row("creating them (the test's own requests)", f"{created - started:.1f} s", "")
+    crowd.row("all reconciled, from the first's creation", f"{done - started:.1f} s", "")
+    crowd.row("all reconciled, from the last's creation", f"{done - created:.1f} s", "30 s")
+    crowd.row("operator: CPU", f"{spent:.1f} s", "")
+    crowd.row("operator: resident memory", f"{memory:.0f} MiB", "150 MiB")
+    assert done - created < 30
+    assert memory < 150
+
+
+def test_a_quiet_minute_has_no_writes(crowd: Crowd) -> None:
+    """Once all is reconciled, the API server sees no write to anything the operator owns."""
+    wait_for("quiet", 180, lambda: _still(crowd), every=1)
+    before, cpu = crowd.writes(), crowd.operator().cpu_times()
+    time.sleep(QUIET_SECONDS)
+    after, later = crowd.writes(), crowd.operator().cpu_times()
+    crowd.row(f"writes in {QUIET_SECONDS} quiet seconds", f"{after - before:.0f}", "0")
+    spent = later.user + later.system - cpu.user - cpu.system
+    crowd.row("operator: CPU in them", f"{spent:.2f} s", "")
+    assert after == before
+
+
+def test_one_change_is_acted_on_at_once(crowd: Crowd) -> None:
+    """spec.replicas of one service: its second pod is there in under a second."""
+    kube, name = crowd.kube, "s0500"
+    waits = []
+    for replicas in (2, 1, 2):
+        kube.patch("infs", name, crowd.namespace, {"spec": {"replicas": replicas}})
+        changed = time.monotonic()
+        wait_for(
+            "the change",
+            30,
+            lambda: _pods(crowd, name) == replicas,
+            every=0.02,
+        )
+        waits.append(time.monotonic() - changed)
+    crowd.row("one change acted on", " ".join(f"{one:.2f}" for one in waits) + " s", "1 s")
+    assert max(waits) < 1
+
+
+def test_a_cold_restart_writes_nothing(crowd: Crowd) -> None:
+    """Both operators killed with everything in place: the next leader has seen all in 10 s."""
+    wait_for("quiet", 180, lambda: _still(crowd), every=1)
+    before = crowd.writes()
+    pods = crowd.kube.list("pods", platform.NAMESPACE, platform.OPERATOR)
+    for pod in pods:
+        crowd.bed.kill_in_pod(pod, "shoal.operator")
+    killed = time.monotonic()
+    wait_for("all to be looked at again", 60, lambda: _has_seen_all(crowd), every=0.2)
+    took = time.monotonic() - killed
+    time.sleep(5)
+    after = crowd.writes()
+    crowd.row("cold restart to all reconciled", f"{took:.1f} s", "10 s")
+    crowd.row("writes of the cold restart", f"{after - before:.0f}", "0")
+    assert after == before
+    assert took < 10
+
+
+def _still(crowd: Crowd) -> bool:
+    """No write for two seconds, and nothing that waits to be looked at."""
+    before = crowd.writes()
+    time.sleep(2)
+    idle = crowd.shoal.metrics(crowd.shoal.leader()).get("shoal_work_queue_depth") == 0
+    return idle and crowd.writes() == before
+
+
+def _pods(crowd: Crowd, name: str) -> int:
+    return len(services.workers(crowd.kube, crowd.namespace, name))
+
+
+def _has_seen_all(crowd: Crowd) -> bool:
+    """Whether a new operator leads and has looked at every service."""
+    for pod in crowd.kube.list("pods", platform.NAMESPACE, platform.OPERATOR):
+        try:
+            figures = crowd.shoal.metrics(pod)
+        except ClusterError:
+            continue  # it is starting
+        looked = figures.get("shoal_reconcile_seconds_count", 0) >= COUNT
+        if figures.get("shoal_leader") == 1 and looked:
+            return figures.get("shoal_work_queue_depth") == 0
+    return False
