@@ -306,6 +306,7 @@ class Dispatcher:
             return
         begun = piece.begun
         if not free:
+            self.stats.of(replica.revision).broken += 1
             piece.failed_on |= {replica.name}
             piece.migrations += begun
             piece.retries += not begun

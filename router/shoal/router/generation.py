@@ -154,12 +154,13 @@ class Generation:
         """Nothing more will come from replicas: finished, failed or cancelled."""
         return self._closed or not self.unfinished or self._error is not None
 
-    def listen(self, wake: Callable[[], object]) -> None:
+    def listen(self, wake: Callable[[], object] | None) -> None:
         """From now on `wake` is called, on the event loop, whenever `take` has something new to
-        say, and now where it has already. One listener at a time; it must not raise."""
-        self._wake = wake
+        say, and now where it has already. One listener at a time; it must not raise. None: nobody
+        listens any more."""
+        self._wake = wake or _nobody
         if self._ready or self.settled:
-            wake()
+            self._wake()
 
     def take(self) -> list[Output]:
         """All that is there, at most one output a sample; [] where nothing is, yet.

@@ -87,8 +87,10 @@ class Run:
         ]
 
     def cancel(self) -> None:
-        """Ends whatever still runs."""
+        """Ends whatever still runs. Always call it in the end: it also lets go of the
+        generations, which are garbage at once and not at the collector's next pass."""
         for generation in self.generations:
+            generation.listen(None)
             if not generation.settled:
                 generation.cancel()
 
