@@ -100,7 +100,7 @@ def test_the_operator_understands_its_flags(render: "Render", tmp_path: Path) ->
     assert ports == {"health": settings.health_port, "metrics": settings.metrics_port}
 
 
-def test_every_gate_is_a_value(render: "Render") -> None:
+def test_every_gate_is_a_value() -> None:
     """The chart knows the operator's feature gates, with the same defaults."""
     values = yaml.safe_load((ROOT / "charts/shoal/values.yaml").read_text(encoding="utf-8"))
     assert values["featureGates"] == GATES
