@@ -1,15 +1,14 @@
 """`shoal delete`: removes services, and waits until their pods are drained and gone."""
 
-from typing import TYPE_CHECKING
+import functools
 
 import click
 
+from shoal.cli.backend import Backend
 from shoal.cli.errors import CliError, UsageError
-from shoal.cli.options import complete_services, file_option, store_option, timeout_option
+from shoal.cli.options import file_option, timeout_option
 from shoal.cli.output import RESOURCE
-
-if TYPE_CHECKING:
-    from shoal.operator.local.store import Store
+from shoal.cli.target import complete_services, target_options
 
 
 @click.command()
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--ignore-not-found", is_flag=True, help="A service that is not there is no error.")
 @click.option("--wait/--no-wait", default=True, help="Wait until all pods are gone (default).")
 @timeout_option("5m")
-@store_option()
+@target_options()
 def command(
     names: tuple[str, ...],
     filenames: tuple[str, ...],
@@ -27,23 +26,23 @@ def command(
     ignore_not_found: bool,
     wait: bool,
     timeout: float,
-    store: "Store",
+    backend: Backend,
 ) -> None:
     """Drain and remove services, by name or by the files that describe them."""
-    wanted = _wanted(names, filenames, everything, store)
-    missing = [name for name in wanted if not store.delete(name)]
+    wanted = _wanted(names, filenames, everything, backend)
+    missing = [name for name in wanted if not backend.delete(name)]
     deleted = [name for name in wanted if name not in missing]
     for name in deleted:
         click.echo(f'{RESOURCE} "{name}" deleted')
-    if wait and store.supervisor() is not None:
+    if wait and backend.asleep() is None:
         for name in deleted:
-            if not store.wait_gone(name, timeout):
+            if not backend.wait(functools.partial(backend.gone, name), timeout):
                 raise CliError(
                     f'"{name}" still drains after {timeout:g} s; '
                     f"`shoal get pods` shows what is left of it"
                 )
     if missing and not ignore_not_found:
-        known = ", ".join(service.metadata.name for service in store.services()) or "none"
+        known = ", ".join(_names(backend)) or "none"
         raise CliError(
             "\n".join(f'{RESOURCE} "{name}" not found' for name in missing)
             + f"\nServices left: {known}"
@@ -51,14 +50,16 @@ def command(
 
 
 def _wanted(
-    names: tuple[str, ...], filenames: tuple[str, ...], everything: bool, store: "Store"
+    names: tuple[str, ...], filenames: tuple[str, ...], everything: bool, backend: Backend
 ) -> list[str]:
     if sum((bool(names), bool(filenames), everything)) != 1:
         raise UsageError("name the services to delete, or give -f FILE, or --all")
     if everything:
-        return [service.metadata.name for service in store.services()]
+        return _names(backend)
     if filenames:
-        from shoal.cli.manifests import load
-
-        return [service.metadata.name for service in load(filenames)]
+        return [service.metadata.name for service in backend.load(filenames)]
     return [name.rpartition("/")[2] for name in dict.fromkeys(names)]
+
+
+def _names(backend: Backend) -> list[str]:
+    return [document["metadata"]["name"] for document in backend.services()]

@@ -1,42 +1,33 @@
 """`shoal describe`: everything about one service, for people."""
 
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
+from shoal.cli.apply import warn_if_asleep
+from shoal.cli.backend import Backend, EventView, not_found
 from shoal.cli.errors import CliError
-from shoal.cli.options import complete_services, store_option
-from shoal.cli.output import as_list, format_data, format_table, output_option
-from shoal.cli.view import (
-    POD_COLUMNS_WIDE,
-    age_of,
-    pod_cells,
-    pod_document,
-    service_documents,
-)
-
-if TYPE_CHECKING:
-    from shoal.operator.local.store import Store
+from shoal.cli.output import as_list, format_age, format_data, format_table, output_option
+from shoal.cli.target import complete_services, target_options
+from shoal.cli.view import age_of, pod_cells, pod_columns
 
 
 @click.command()
 @click.argument("name", shell_complete=complete_services)
 @output_option("json", "yaml")
-@store_option()
-def command(name: str, output: str | None, store: "Store") -> None:
-    """Show the spec, the conditions and the pods of service NAME."""
+@target_options()
+def command(name: str, output: str | None, backend: Backend) -> None:
+    """Show the spec, the conditions, the pods and the events of service NAME."""
     name = name.rpartition("/")[2]
-    documents = service_documents(store, name)
+    documents = backend.services(name)
     if not documents:
-        from shoal.operator.local.store import UnknownService
-
-        known = [document["metadata"]["name"] for document in service_documents(store)]
-        raise CliError(str(UnknownService(name, known)))
-    pods = store.pods(name)
+        raise CliError(not_found(backend, name))
+    pods = backend.pods(name)
     if output is not None:
-        click.echo(format_data(as_list([documents[0], *map(pod_document, pods)]), output))
+        items = [documents[0], *(pod.document for pod in pods)]
+        click.echo(format_data(as_list(items), output))
         return
     now = time.time()
     click.echo(_head(documents[0], now))
@@ -44,17 +35,21 @@ def command(name: str, output: str | None, store: "Store") -> None:
     click.echo(_indented(_conditions(documents[0].get("status") or {}, now)))
     click.echo("Pods:")
     rows = [pod_cells(pod, now, wide=True) for pod in pods]
-    click.echo(_indented(format_table(POD_COLUMNS_WIDE, rows) if rows else "none"))
+    columns = pod_columns(backend.place, wide=True)
+    click.echo(_indented(format_table(columns, rows) if rows else "none"))
     for pod in pods:
         if pod.message:
             click.echo(f"  {pod.name}: {pod.message}")
-    if store.supervisor() is None:
-        click.echo(f"Nothing serves from {store.root}; start it with: shoal up", err=True)
+    if events := backend.events(name):
+        click.echo("Events:")
+        click.echo(_indented(_event_table(events, now)))
+    warn_if_asleep(backend)
 
 
 def _head(document: Mapping[str, Any], now: float) -> str:
     metadata, spec = document["metadata"], document["spec"]
     status = document.get("status") or {}
+    wanted = spec.get("replicas", 1)
     ready, routable = status.get("readyReplicas", 0), status.get("routableReplicas", 0)
     lines = [
         ("Name", metadata["name"]),
@@ -62,7 +57,10 @@ def _head(document: Mapping[str, Any], now: float) -> str:
         ("Age", age_of(metadata.get("creationTimestamp"), now)),
         ("URL", status.get("url") or "none yet"),
         ("Revision", status.get("activeRevision") or "none yet"),
-        ("Replicas", f"{spec['replicas']} wanted, {ready} ready, {routable} taking requests"),
+        (
+            "Replicas",
+            f"{wanted} wanted, {ready} ready, {routable} taking requests",
+        ),
     ]
     text = "\n".join(f"{key + ':':<12}{value}" for key, value in lines)
     return f"{text}\nSpec:\n{_indented(format_data(spec, 'yaml'))}"
@@ -83,6 +81,20 @@ def _conditions(status: Mapping[str, Any], now: float) -> str:
         for condition in conditions
     ]
     return format_table(("type", "status", "reason", "since", "message"), rows)
+
+
+def _event_table(events: Sequence[EventView], now: float) -> str:
+    rows = [
+        [
+            event.kind,
+            event.reason,
+            format_age(now - event.last) + (f" (x{event.count})" if event.count > 1 else ""),
+            event.subject,
+            event.message.replace("\n", " "),
+        ]
+        for event in events
+    ]
+    return format_table(("type", "reason", "age", "object", "message"), rows)
 
 
 def _indented(text: str) -> str:

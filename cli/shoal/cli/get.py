@@ -3,26 +3,20 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import click
 
+from shoal.cli.backend import Backend, Document, not_found
 from shoal.cli.errors import CliError, UsageError
-from shoal.cli.options import store_option
 from shoal.cli.output import RESOURCE, as_list, format_data, format_table, output_option
+from shoal.cli.target import target_options
 from shoal.cli.view import (
-    POD_COLUMNS,
-    POD_COLUMNS_WIDE,
     SERVICE_COLUMNS,
     SERVICE_COLUMNS_WIDE,
     pod_cells,
-    pod_document,
+    pod_columns,
     service_cells,
-    service_documents,
 )
-
-if TYPE_CHECKING:
-    from shoal.operator.local.store import Store
 
 _KINDS = {
     "infs": "services",
@@ -34,7 +28,6 @@ _KINDS = {
     "pods": "pods",
     "all": "all",
 }
-_WATCH_SECONDS = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +36,9 @@ class Listing:
 
     prefix: str  # of a name in `-o name`
     columns: Sequence[str]
+    names: Sequence[str]
     rows: Sequence[Sequence[str]]
-    documents: Sequence[dict[str, Any]]
+    documents: Sequence[Document]
 
 
 @click.command()
@@ -53,14 +47,14 @@ class Listing:
 @click.option("-l", "--service", help="Only pods of this service.")
 @output_option("wide", "json", "yaml", "name")
 @click.option("-w", "--watch", is_flag=True, help="Then print every change, until Ctrl-C.")
-@store_option()
+@target_options(everywhere=True)
 def command(
     resource: str,
     name: str | None,
     service: str | None,
     output: str | None,
     watch: bool,
-    store: "Store",
+    backend: Backend,
 ) -> None:
     """List services (infs), pods, or all; or only NAME of them.
 
@@ -69,14 +63,14 @@ def command(
     kind, name = _parse(resource, name)
 
     def look() -> list[Listing]:
-        return _listings(store, kind, name, service, wide=output == "wide")
+        return _listings(backend, kind, name, service, wide=output == "wide")
 
     found = look()
     if name is not None and not any(listing.documents for listing in found):
-        raise CliError(_not_found(store, kind, name))
-    _print(found, output, one=name is not None)
+        raise CliError(_not_found(backend, kind, name))
+    _print(found, output, backend, one=name is not None)
     if watch:
-        _watch(found, look, output)
+        _watch(found, look, output, backend.poll_seconds)
 
 
 def _parse(resource: str, name: str | None) -> tuple[str, str | None]:
@@ -89,32 +83,65 @@ def _parse(resource: str, name: str | None) -> tuple[str, str | None]:
 
 
 def _listings(
-    store: "Store", kind: str, name: str | None, service: str | None, *, wide: bool
+    backend: Backend, kind: str, name: str | None, service: str | None, *, wide: bool
 ) -> list[Listing]:
     now = time.time()
     listings = []
     if kind != "pods":
-        documents = service_documents(store, name)
-        rows = [service_cells(document, now, wide=wide) for document in documents]
-        columns = SERVICE_COLUMNS_WIDE if wide else SERVICE_COLUMNS
-        listings.append(Listing(RESOURCE, columns, rows, documents))
+        documents = backend.services(name)
+        spaces = [document["metadata"].get("namespace", "") for document in documents]
+        listings.append(
+            _listing(
+                backend,
+                RESOURCE,
+                SERVICE_COLUMNS_WIDE if wide else SERVICE_COLUMNS,
+                spaces,
+                [service_cells(document, now, wide=wide) for document in documents],
+                documents,
+            )
+        )
     if kind != "services":
-        pods = [pod for pod in store.pods(service) if name in (None, pod.name)]
-        rows = [pod_cells(pod, now, wide=wide) for pod in pods]
-        pod_columns = POD_COLUMNS_WIDE if wide else POD_COLUMNS
-        listings.append(Listing("pod", pod_columns, rows, [pod_document(pod) for pod in pods]))
+        pods = [pod for pod in backend.pods(service) if name in (None, pod.name)]
+        listings.append(
+            _listing(
+                backend,
+                "pod",
+                pod_columns(backend.place, wide=wide),
+                [pod.namespace for pod in pods],
+                [pod_cells(pod, now, wide=wide) for pod in pods],
+                [pod.document for pod in pods],
+            )
+        )
     return listings
 
 
-def _not_found(store: "Store", kind: str, name: str) -> str:
-    names = [document["metadata"]["name"] for document in service_documents(store)]
-    if kind == "pods":
-        names = [pod.name for pod in store.pods()]
-    what = RESOURCE if kind == "services" else "pod" if kind == "pods" else "resource"
-    return f'{what} "{name}" not found; there are: {", ".join(names) or "none"}'
+def _listing(
+    backend: Backend,
+    prefix: str,
+    columns: Sequence[str],
+    namespaces: Sequence[str],
+    rows: Sequence[list[str]],
+    documents: Sequence[Document],
+) -> Listing:
+    names = [row[0] for row in rows]
+    if not backend.namespaced:
+        return Listing(prefix, columns, names, rows, documents)
+    located = [[space, *row] for space, row in zip(namespaces, rows, strict=True)]
+    return Listing(prefix, ("namespace", *columns), names, located, documents)
 
 
-def _print(listings: Sequence[Listing], output: str | None, *, one: bool) -> None:
+def _not_found(backend: Backend, kind: str, name: str) -> str:
+    if kind == "services":
+        return not_found(backend, name)
+    names = [pod.name for pod in backend.pods()]
+    if kind == "all":
+        names += [document["metadata"]["name"] for document in backend.services()]
+    what = "pod" if kind == "pods" else "resource"
+    known = ", ".join(names) or "none"
+    return f'{what} "{name}" not found; there are: {known} (in {backend.where})'
+
+
+def _print(listings: Sequence[Listing], output: str | None, backend: Backend, *, one: bool) -> None:
     documents = [document for listing in listings for document in listing.documents]
     if output in ("json", "yaml"):
         single = one and len(documents) == 1
@@ -122,53 +149,61 @@ def _print(listings: Sequence[Listing], output: str | None, *, one: bool) -> Non
         return
     if output == "name":
         for listing in listings:
-            for row in listing.rows:
-                click.echo(f"{listing.prefix}/{row[0]}")
+            for name in listing.names:
+                click.echo(f"{listing.prefix}/{name}")
         return
     filled = [listing for listing in listings if listing.rows]
     if not filled:
-        click.echo("Nothing found. Start with: shoal up -f service.yaml", err=True)
+        click.echo(f"Nothing found in {backend.where}; {backend.hint}", err=True)
     click.echo(
         "\n\n".join(format_table(listing.columns, listing.rows) for listing in filled),
         nl=bool(filled),
     )
 
 
-def _watch(shown: Sequence[Listing], look: Callable[[], list[Listing]], output: str | None) -> None:
+def _watch(
+    shown: Sequence[Listing], look: Callable[[], list[Listing]], output: str | None, pause: float
+) -> None:
     """Prints what differs from `shown`, for ever; an age that moves on is no change."""
     before = _by_name(shown)
     while True:
-        time.sleep(_WATCH_SECONDS)
+        time.sleep(pause)
         listings = look()
         after = _by_name(listings)
         for listing in listings:
-            for row, document in zip(listing.rows, listing.documents, strict=True):
-                key = (listing.prefix, row[0])
+            for place, document in enumerate(listing.documents):
+                key = _key(listing, place)
                 if before.get(key) == after[key]:
                     continue
                 if output in ("json", "yaml"):
                     separator = "---\n" if output == "yaml" else ""
                     click.echo(separator + format_data(document, output))
                 elif output == "name":
-                    click.echo("/".join(key))
+                    click.echo(f"{listing.prefix}/{listing.names[place]}")
                 else:
-                    click.echo(_aligned(row, listing))
-        for prefix, name in before.keys() - after.keys():
-            click.echo(f"{prefix}/{name} deleted", err=True)
+                    click.echo(_aligned(place, listing))
+        for prefix, *name in before.keys() - after.keys():
+            click.echo(f"{prefix}/{'/'.join(filter(None, name))} deleted", err=True)
         before = after
 
 
-def _aligned(row: Sequence[str], listing: Listing) -> str:
+def _aligned(place: int, listing: Listing) -> str:
     """The row as it stands in its table, without the header."""
-    lines = format_table(listing.columns, listing.rows).splitlines()
-    return lines[1 + [other[0] for other in listing.rows].index(row[0])]
+    return format_table(listing.columns, listing.rows).splitlines()[1 + place]
 
 
-def _by_name(listings: Sequence[Listing]) -> dict[tuple[str, str], tuple[str, ...]]:
+def _key(listing: Listing, place: int) -> tuple[str, str, str]:
+    """What tells one object from all others: prefix, namespace (where shown) and name."""
+    row = listing.rows[place]
+    namespace = row[0] if listing.columns[0] == "namespace" else ""
+    return listing.prefix, namespace, listing.names[place]
+
+
+def _by_name(listings: Sequence[Listing]) -> dict[tuple[str, str, str], tuple[str, ...]]:
     return {
-        (listing.prefix, row[0]): tuple(
+        _key(listing, place): tuple(
             cell for column, cell in zip(listing.columns, row, strict=True) if column != "age"
         )
         for listing in listings
-        for row in listing.rows
+        for place, row in enumerate(listing.rows)
     }

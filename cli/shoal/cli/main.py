@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "get": Entry("get", "List services and pods."),
         "describe": Entry("describe", "Show one service in full: spec, conditions, pods."),
         "logs": Entry("logs", "Print the log of a pod, of a service's pods, or of the router."),
+        "top": Entry("top", "Show the live load of services and replicas."),
         "scale": Entry("scale", "Change the number of replicas."),
         "wait": Entry("wait", "Wait until a service meets a condition."),
         "delete": Entry("delete", "Drain and remove services."),
@@ -110,9 +111,10 @@ def _expected_errors() -> tuple[type[Exception], ...]:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="shoal", message="%(version)s")
 def cli() -> None:
-    """Serve language models on this machine from the same YAML that Kubernetes takes.
+    """Serve language models, on this machine or in a Kubernetes cluster, from one YAML.
 
-    Start with `shoal demo`, or with `shoal up -f service.yaml`.
+    Start with `shoal demo`, or with `shoal up -f service.yaml`. The commands for services work
+    on this machine, and with --namespace, --context or SHOAL_BACKEND=kubernetes on a cluster.
     """
 
 

@@ -20,13 +20,14 @@ class Source:
     text: str
 
 
-def load(filenames: Sequence[str]) -> list[InferenceService]:
-    """All services of the files, in order.
+def load(filenames: Sequence[str], *, one_namespace: bool = True) -> list[InferenceService]:
+    """All services of the files, in order. `one_namespace`: a name stands for one service, as on
+    one machine; else two namespaces may each have one of that name.
 
     Raises CliError (exit code 2) with a line per problem; nothing is returned if any is wrong.
     """
-    services: dict[str, InferenceService] = {}
-    origin: dict[str, str] = {}
+    services: dict[tuple[str, str], InferenceService] = {}
+    origin: dict[tuple[str, str], str] = {}
     problems: list[str] = []
     for source in _sources(filenames):
         try:
@@ -36,12 +37,13 @@ def load(filenames: Sequence[str]) -> list[InferenceService]:
             continue
         for service in found:
             name = service.metadata.name
-            if name in services:
+            key = ("" if one_namespace else service.metadata.namespace, name)
+            if key in services:
                 problems.append(
-                    f"{source.label}: metadata.name: {name!r} is in {origin[name]} already; "
+                    f"{source.label}: metadata.name: {name!r} is in {origin[key]} already; "
                     "give each service a name of its own"
                 )
-            services[name], origin[name] = service, source.label
+            services[key], origin[key] = service, source.label
     if problems:
         raise UsageError("\n".join(problems))
     return list(services.values())

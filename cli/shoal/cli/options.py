@@ -73,19 +73,3 @@ def timeout_option(default: str) -> Decorator:
         show_default=True,
         help="Give up after this time, such as 90s or 5m.",
     )
-
-
-def complete_services(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of services, for the shell; of the default state directory."""
-    from shoal.operator.local.store import Store, default_root
-
-    names = [service.metadata.name for service in Store(default_root()).services()]
-    return [name for name in names if name.startswith(incomplete)]
-
-
-def complete_pods(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
-    """Names of pods and services, for the shell; of the default state directory."""
-    from shoal.operator.local.store import Store, default_root
-
-    pods = [pod.name for pod in Store(default_root()).pods() if pod.name.startswith(incomplete)]
-    return [*complete_services(ctx, param, incomplete), *pods]

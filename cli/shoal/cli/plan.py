@@ -17,8 +17,16 @@ if TYPE_CHECKING:
 
 @click.command()
 @file_option()
+@click.option(
+    "--platform",
+    type=click.Choice(["local", "kubernetes"]),
+    default="local",
+    show_default=True,
+    help="Processes of this machine, or pods of a cluster whose operator has no settings of "
+    "its own.",
+)
 @output_option("json", "yaml")
-def command(filenames: tuple[str, ...], output: str | None) -> None:
+def command(filenames: tuple[str, ...], platform: str, output: str | None) -> None:
     """Print what the services of YAML files would create where nothing runs yet.
 
     Nothing is created. A service that asks for what this release does not have ends the
@@ -27,12 +35,14 @@ def command(filenames: tuple[str, ...], output: str | None) -> None:
     from shoal.cli.manifests import load
     from shoal.operator.observe import Observed
     from shoal.operator.plan import plan, refusals_of
+    from shoal.operator.platform import KUBERNETES, LOCAL
     from shoal.operator.revision import revision_of
 
+    target = KUBERNETES if platform == "kubernetes" else LOCAL
     plans = []
     for service in load(filenames):
-        refusals = [refusal.message for refusal in refusals_of(service, Observed())]
-        actions = plan(service, Observed(), time.time()).actions
+        refusals = [refusal.message for refusal in refusals_of(service, Observed(), target)]
+        actions = plan(service, Observed(), time.time(), target).actions
         plans.append(
             {
                 "service": service.metadata.name,

@@ -4,11 +4,11 @@ A service is its document as in Kubernetes, status included; the columns are tho
 gives `kubectl get infs`.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from shoal.cli.backend import Document, PodView
 from shoal.cli.output import format_age
 
 if TYPE_CHECKING:
@@ -16,12 +16,9 @@ if TYPE_CHECKING:
     from shoal.operator.local.records import PodRecord
     from shoal.operator.local.store import Store
 
-Document = Mapping[str, Any]
-
 SERVICE_COLUMNS = ("name", "model", "ready", "replicas", "desired", "canary", "reason", "age")
 SERVICE_COLUMNS_WIDE = (*SERVICE_COLUMNS, "revision", "url", "tp", "pp")
 POD_COLUMNS = ("name", "ready", "status", "restarts", "age")
-POD_COLUMNS_WIDE = (*POD_COLUMNS, "service", "role", "revision", "pid", "address")
 
 
 def service_documents(store: "Store", name: str | None = None) -> list[dict[str, Any]]:
@@ -70,18 +67,17 @@ def condition_of(status: Document, kind: str) -> dict[str, Any] | None:
     return next((found for found in conditions if found.get("type") == kind), None)
 
 
-def pod_cells(pod: "PodRecord", now: float, *, wide: bool = False) -> list[str]:
-    """One row under POD_COLUMNS, or POD_COLUMNS_WIDE."""
-    cells = [
-        pod.name,
-        "1/1" if pod.ready else "0/1",
-        pod_status(pod),
-        str(pod.restarts),
-        format_age(now - pod.created),
-    ]
+def pod_columns(place: str, *, wide: bool = False) -> tuple[str, ...]:
+    """`place`: what a pod's place is called, node or pid."""
+    more = ("service", "role", "revision", place, "address") if wide else ()
+    return (*POD_COLUMNS, *more)
+
+
+def pod_cells(pod: PodView, now: float, *, wide: bool = False) -> list[str]:
+    """One row under pod_columns."""
+    cells = [pod.name, pod.ready, pod.status, str(pod.restarts), format_age(now - pod.created)]
     if wide:
-        pid = "" if pod.pid is None else str(pod.pid)
-        cells += [pod.service, pod.role, pod.revision, pid, pod.address or ""]
+        cells += [pod.service, pod.role, pod.revision, pod.place, pod.address]
     return cells
 
 
@@ -90,11 +86,6 @@ def pod_status(pod: "PodRecord") -> str:
     if pod.reason:
         return pod.reason
     return "Starting" if pod.phase == "Running" and not pod.ready else pod.phase
-
-
-def pod_document(pod: "PodRecord") -> dict[str, Any]:
-    """The record of a pod as JSON values."""
-    return {"kind": "Pod", **asdict(pod)}
 
 
 def age_of(timestamp: object, now: float) -> str:

@@ -1,15 +1,12 @@
 """`shoal wait`: for scripts that go on when a service is ready, or gone."""
 
-from typing import TYPE_CHECKING
-
 import click
 
-from shoal.cli.options import complete_services, store_option, timeout_option
+from shoal.cli.backend import Backend
+from shoal.cli.options import timeout_option
 from shoal.cli.output import RESOURCE
+from shoal.cli.target import complete_services, target_options
 from shoal.cli.waiting import Goal, GoalType, wait_condition, wait_gone
-
-if TYPE_CHECKING:
-    from shoal.operator.local.store import Store
 
 
 @click.command()
@@ -23,13 +20,13 @@ if TYPE_CHECKING:
     help="condition=TYPE, condition=TYPE=STATUS, or delete.",
 )
 @timeout_option("5m")
-@store_option()
-def command(names: tuple[str, ...], goal: Goal, timeout: float, store: "Store") -> None:
+@target_options()
+def command(names: tuple[str, ...], goal: Goal, timeout: float, backend: Backend) -> None:
     """Wait until the services NAMES meet a condition, or are gone."""
     for name in names:
         if goal.condition is None:
-            wait_gone(store, name, timeout)
+            wait_gone(backend, name, timeout)
             click.echo(f"{RESOURCE}/{name} deleted")
         else:
-            wait_condition(store, name, goal.condition, goal.status, timeout)
+            wait_condition(backend, name, goal.condition, goal.status, timeout)
             click.echo(f"{RESOURCE}/{name} condition met")

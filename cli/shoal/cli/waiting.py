@@ -1,16 +1,14 @@
 """Waiting for a service with an end: every failure says what the service last reported."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from shoal.api.status import ConditionType
+from shoal.cli.backend import Backend, Document, not_found
 from shoal.cli.errors import CliError
 from shoal.cli.view import condition_of
-
-if TYPE_CHECKING:
-    from shoal.operator.local.store import Store
 
 _NAMES = {kind.value.lower(): kind.value for kind in ConditionType}
 
@@ -44,57 +42,75 @@ class GoalType(click.ParamType[Goal]):
         return Goal(_NAMES[name.lower()], status.capitalize() or "True")
 
 
-def wait_condition(store: "Store", name: str, condition: str, status: str, timeout: float) -> None:
-    """Returns once the condition has the status. Raises CliError at `timeout`."""
-    _require(store, name)
-    if not store.wait_condition(name, condition, timeout, status=status):
-        raise CliError(
-            f"{name}: condition {condition}={status} not met after {timeout:g} s; "
-            f"{_last_words(store, name, condition)}"
-        )
-
-
-def wait_scaled(store: "Store", name: str, replicas: int, timeout: float) -> None:
-    """Returns once exactly `replicas` replicas exist and take requests."""
-    _require(store, name)
+def wait_condition(
+    backend: Backend, name: str, condition: str, status: str, timeout: float
+) -> None:
+    """Returns once the condition has the status, as seen of the present generation. Raises
+    CliError at `timeout`."""
+    _require(backend, name)
 
     def reached() -> bool:
-        service, status = store.get(name), store.status(name) or {}
-        return (
-            service is not None
-            and status.get("observedGeneration") == service.metadata.generation
-            and status.get("replicas") == replicas
-            and status.get("routableReplicas") == replicas
-        )
+        document = _find(backend, name)
+        if document is None or not _observed(document):
+            return False
+        found = condition_of(document["status"], condition) or {}
+        return bool(found.get("status") == status)
 
-    if not store.wait(reached, timeout):
-        status = store.status(name) or {}
+    if not backend.wait(reached, timeout):
         raise CliError(
-            f"{name}: {status.get('routableReplicas', 0)} of {replicas} replicas take requests "
-            f"after {timeout:g} s; {_last_words(store, name, ConditionType.READY.value)}"
+            f"{name}: condition {condition}={status} not met after {timeout:g} s; "
+            f"{_last_words(backend, name, condition)}"
         )
 
 
-def wait_gone(store: "Store", name: str, timeout: float) -> None:
+def wait_scaled(backend: Backend, name: str, replicas: int, timeout: float) -> None:
+    """Returns once exactly `replicas` replicas exist and take requests."""
+    _require(backend, name)
+
+    def reached() -> bool:
+        document = _find(backend, name)
+        if document is None or not _observed(document):
+            return False
+        status = document["status"]
+        counts = (status.get("replicas", 0), status.get("routableReplicas", 0))
+        return counts == (replicas, replicas)
+
+    if not backend.wait(reached, timeout):
+        document = _find(backend, name) or {}
+        routable = (document.get("status") or {}).get("routableReplicas", 0)
+        raise CliError(
+            f"{name}: {routable} of {replicas} replicas take requests "
+            f"after {timeout:g} s; {_last_words(backend, name, ConditionType.READY.value)}"
+        )
+
+
+def wait_gone(backend: Backend, name: str, timeout: float) -> None:
     """Returns once neither the service nor anything of it is left."""
-    if not store.wait(lambda: store.get(name) is None, timeout) or not store.wait_gone(
-        name, timeout
-    ):
+    if not backend.wait(lambda: backend.gone(name), timeout):
         raise CliError(f"{name}: still there after {timeout:g} s")
 
 
-def _require(store: "Store", name: str) -> None:
+def _find(backend: Backend, name: str) -> Document | None:
+    return next(iter(backend.services(name)), None)
+
+
+def _observed(document: Document) -> bool:
+    """Whether the status speaks of the spec as it is now."""
+    status = document.get("status") or {}
+    return bool(status.get("observedGeneration") == document["metadata"].get("generation"))
+
+
+def _require(backend: Backend, name: str) -> None:
     """Raises CliError where waiting cannot end: no such service, or nothing that serves it."""
-    from shoal.operator.local.store import UnknownService
-
-    if store.get(name) is None:
-        raise CliError(str(UnknownService(name, [s.metadata.name for s in store.services()])))
-    if store.supervisor() is None:
-        raise CliError(f"{name}: nothing serves from {store.root}; start it with: shoal up")
+    if _find(backend, name) is None:
+        raise CliError(not_found(backend, name))
+    if why := backend.asleep():
+        raise CliError(f"{name}: {why}")
 
 
-def _last_words(store: "Store", name: str, condition: str) -> str:
-    found = condition_of(store.status(name) or {}, condition)
+def _last_words(backend: Backend, name: str, condition: str) -> str:
+    document = _find(backend, name) or {}
+    found = condition_of(document.get("status") or {}, condition)
     if found is None:
         return f"`shoal describe {name}` shows more"
     return f"{found.get('reason', '')}: {found.get('message', '')} (`shoal describe {name}`)"
