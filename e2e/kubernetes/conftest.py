@@ -23,9 +23,14 @@ COSTS = "What the cluster costs"
 @pytest.fixture(scope="session")
 def say(pytestconfig: pytest.Config) -> Say:
     """Progress lines with seconds, shown while the tests run."""
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    assert reporter is not None
-    return stopwatch(lambda line: reporter.write_line(f"    {line}"))
+    capture = pytestconfig.pluginmanager.get_plugin("capturemanager")
+    assert capture is not None
+
+    def write(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n    {line}", end="", flush=True)
+
+    return stopwatch(write)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,8 @@ def test_groups_are_refused_while_their_gate_is_closed(
     """Without the feature gate, a condition names it, and no pod is made."""
     kube = cluster.kube
     kube.apply(namespace, services.service(NAME, parallelism={"tensor": 2}))
-    ready = wait_for("a condition", 30, lambda: kube.conditions(namespace, NAME).get("Ready"))
+    conditions = wait_for("conditions", 30, lambda: kube.conditions(namespace, NAME))
+    ready = conditions["Ready"]
     assert ready["status"] == "False"
     assert "MultiNode" in ready["message"], ready
     assert not services.workers(kube, namespace, NAME)
