@@ -48,10 +48,12 @@ class Testbed:
 
     def describe(self, namespace: str) -> str:
         """Pods, their events and the last of their logs, for a failure message."""
+        last = ("--tail=8", "--prefix")
         parts = [
-            self._try("get", "pods,events", "-n", namespace, "-o", "wide"),
-            self._try("logs", "-n", namespace, "-l", platform.OPERATOR, "--tail=20", "--prefix"),
-            self._try("logs", "-n", namespace, "-l", platform.ROUTER, "--tail=20", "--prefix"),
+            self._try("get", "pods", "-n", namespace, "-o", "wide"),
+            *self._try("get", "events", "-n", namespace).splitlines()[-15:],
+            self._try("logs", "-n", namespace, "-l", platform.OPERATOR, *last),
+            self._try("logs", "-n", namespace, "-l", platform.ROUTER, *last),
         ]
         return "\n".join(parts)
 

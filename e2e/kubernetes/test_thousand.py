@@ -134,7 +134,7 @@ def test_a_quiet_minute_has_no_writes(crowd: Crowd) -> None:
 
 def test_one_change_is_acted_on_at_once(crowd: Crowd) -> None:
     """spec.replicas of one service: its second pod is there in under a second."""
-    kube, name = crowd.kube, "s0500"
+    name = "s0500"
     waits = [_scaled(crowd, name, replicas) for replicas in (2, 1, 2)]
     crowd.row("one change acted on", " ".join(f"{one:.2f}" for one in waits) + " s", "1 s")
     assert max(waits) < 1
