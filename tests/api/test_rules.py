@@ -90,6 +90,27 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({"cache": {"type": "PVC"}}, "spec.cache", "type PVC needs claimName"),
     ({"cache": {"type": "HostPath", "claimName": "x"}}, "spec.cache", "type HostPath: "),
     ({"cache": {"path": "/models"}}, "spec.cache", "type None: "),
+    ({"cache": {"type": "HostPath", "path": "/"}}, "spec.cache.path", "/ may not be the cache"),
+    (
+        {"cache": {"type": "HostPath", "path": "/var//lib/"}},
+        "spec.cache.path",
+        "/var//lib/ may not be the cache",
+    ),
+    (
+        {"cache": {"type": "HostPath", "path": "/data/../etc"}},
+        "spec.cache.path",
+        "/data/../etc may not be the cache",
+    ),
+    (
+        {"resources": {"gpuResource": "amd.com/gpu"}},
+        "spec.resources.gpuResource",
+        "gpuResource amd.com/gpu has no effect while gpusPerNode is 0",
+    ),
+    (
+        {"resources": {"memory": "1Gi", "shm": "1024Mi"}},
+        "spec.resources.shm",
+        "shm 1024Mi must be less than memory 1Gi",
+    ),
     (
         {"podOverlay": {"metadata": {"labels": {"serving.shoal.dev/role": "x", "mine": "y"}}}},
         "spec.podOverlay.metadata.labels",
@@ -113,6 +134,10 @@ KEPT: list[dict[str, Any]] = [
     {"rollout": {"canary": {"steps": [{"weight": 5}, {"weight": 100}]}}},
     {"cache": {"type": "PVC", "claimName": "models"}},
     {"cache": {"type": "HostPath", "path": "/models"}},
+    {"cache": {"type": "HostPath", "path": "/var/lib/shoal..d/models"}},
+    {"resources": {"gpuResource": "amd.com/gpu", "gpusPerNode": 1}},
+    {"resources": {"memory": 2, "shm": 1}},
+    {"resources": {"shm": "64Gi"}},
     {"podOverlay": {"metadata": {"labels": {"mine": "y"}}, "spec": {"hostIPC": True}}},
 ]
 

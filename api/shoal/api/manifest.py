@@ -102,7 +102,8 @@ def parse_document(doc: object) -> InferenceService:
         )
     except ValidationError as error:
         details = error.errors(include_url=False, include_context=True)
-        raise InvalidManifest(list(dict.fromkeys(map(_explain, details)))) from None
+        told = [detail for detail in details if not _is_consequence(detail, details)]
+        raise InvalidManifest(list(dict.fromkeys(map(_explain, told)))) from None
     broken = [Problem(found.path, found.message) for found in violations(service)]
     if broken:
         raise InvalidManifest(broken)
@@ -136,6 +137,13 @@ def _kind_problems(doc: object) -> list[Problem]:
         for key, value in wanted.items()
         if doc.get(key) != value
     ]  # fmt: skip
+
+
+def _is_consequence(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is called too short only because its elements are wrong."""
+    loc, least = detail["loc"], detail.get("ctx", {}).get("min_length", 0)
+    below = any(other["loc"][: len(loc)] == loc and other["loc"] != loc for other in details)
+    return detail["type"] == "too_short" and below and len(detail["input"]) >= least
 
 
 def _explain(detail: ErrorDetails) -> Problem:

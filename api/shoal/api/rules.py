@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 
 from shoal.api import names
 from shoal.api.base import ApiModel
+from shoal.api.quantity import to_bytes
 from shoal.api.scaling import AutoscalingSpec, CanarySpec, MetricSpec, MetricType, RolloutSpec
 from shoal.api.service import InferenceService, InferenceServiceSpec, PodOverlay
 from shoal.api.workload import (
@@ -21,6 +22,7 @@ from shoal.api.workload import (
     CacheType,
     EngineSpec,
     ModelSpec,
+    ResourcesSpec,
     SpeculativeMethod,
     SpeculativeSpec,
 )
@@ -28,7 +30,18 @@ from shoal.api.workload import (
 URI_SCHEMES = ("hf", "s3", "gs", "https", "oci", "pvc", "file", "py")
 _URI = f"^({'|'.join(URI_SCHEMES)})://."
 _NAME = "^[a-z]([a-z0-9-]*[a-z0-9])?$"
-_OWN_LABELS = (f"{names.GROUP}/", names.LABEL_MANAGED_BY, names.LABEL_COMPONENT)
+_OWN_LABELS = (
+    f"{names.GROUP}/",
+    names.LABEL_NAME,
+    names.LABEL_MANAGED_BY,
+    names.LABEL_COMPONENT,
+)
+# A cache becomes the worker's own folder: not one that a system needs, and no way out of it.
+_SYSTEM_FOLDER = (
+    "^/*((bin|boot|dev|etc|home|lib|lib64|opt|proc|root|run|sbin|srv|sys|tmp|usr"
+    "|var(/+(lib|log|run|tmp))?)/*)?$"
+)
+_LEADS_UP = "(^|/)[.][.](/|$)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +107,28 @@ def _model_ids_differ(model: ModelSpec) -> bool:
 
 def _weights_rise_to_100(canary: CanarySpec) -> bool:
     weights = [step.weight for step in canary.steps]
-    return weights == sorted(set(weights)) and weights[-1] == 100
+    return not weights or (weights == sorted(set(weights)) and weights[-1] == 100)
 
 
 def _cache_is_whole(cache: CacheSpec) -> bool:
     needs_claim, needs_path = cache.type is CacheType.PVC, cache.type is CacheType.HOST_PATH
     return (cache.claim_name is not None) == needs_claim and (cache.path is not None) == needs_path
+
+
+def _cache_is_own_folder(cache: CacheSpec) -> bool:
+    path = cache.path
+    return path is None or not (re.search(_SYSTEM_FOLDER, path) or re.search(_LEADS_UP, path))
+
+
+def _gpu_resource_is_used(resources: ResourcesSpec) -> bool:
+    default = ResourcesSpec.model_fields["gpu_resource"].default
+    return resources.gpus_per_node > 0 or bool(resources.gpu_resource == default)
+
+
+def _shm_fits(resources: ResourcesSpec) -> bool:
+    if resources.shm is None or resources.memory is None:
+        return True
+    return to_bytes(resources.shm) < to_bytes(resources.memory)
 
 
 def _overlay_labels(overlay: PodOverlay) -> dict[str, str]:
@@ -280,9 +309,10 @@ RULES: tuple[Rule, ...] = (
     Rule(
         scopes=("spec.rollout.canary",),
         field="steps",
-        cel="self.steps[size(self.steps) - 1].weight == 100 && "
+        # No steps at all are the schema's to refuse.
+        cel="size(self.steps) == 0 || (self.steps[size(self.steps) - 1].weight == 100 && "
         "self.steps.map(s, s.weight).isSorted() && "
-        "self.steps.all(s, self.steps.exists_one(t, t.weight == s.weight))",
+        "self.steps.all(s, self.steps.exists_one(t, t.weight == s.weight)))",
         holds=_weights_rise_to_100,
         message="the weights %s must rise from step to step and end at 100",
         general="the weights of the steps must rise from step to step and end at 100",
@@ -304,6 +334,44 @@ RULES: tuple[Rule, ...] = (
         general="type PVC needs claimName, type HostPath needs path, "
         "and neither field goes with another type",
         values=(Value("self.type", lambda cache: cache.type),),
+    ),
+    Rule(
+        scopes=("spec.cache",),
+        field="path",
+        cel=f"!has(self.path) || !(self.path.matches('{_SYSTEM_FOLDER}') || "
+        f"self.path.matches('{_LEADS_UP}'))",
+        holds=_cache_is_own_folder,
+        message="%s may not be the cache, which workers take for their own; "
+        "name a folder of its own, such as /var/lib/shoal, and without ..",
+        general="the path must be a folder of its own, such as /var/lib/shoal, "
+        "not one that the system needs, and without ..",
+        values=(Value("self.path", lambda cache: cache.path),),
+    ),
+    Rule(
+        scopes=("spec.resources",),
+        field="gpuResource",
+        cel="self.gpusPerNode > 0 || self.gpuResource == 'nvidia.com/gpu'",
+        holds=_gpu_resource_is_used,
+        message="gpuResource %s has no effect while gpusPerNode is %s; "
+        "say how many GPUs each pod gets",
+        general="gpuResource has no effect while gpusPerNode is 0; set gpusPerNode too",
+        values=(
+            Value("self.gpuResource", lambda resources: resources.gpu_resource),
+            Value("self.gpusPerNode", lambda resources: resources.gpus_per_node),
+        ),
+    ),
+    Rule(
+        scopes=("spec.resources",),
+        field="shm",
+        cel="!has(self.shm) || !has(self.memory) || "
+        "quantity(string(self.shm)).isLessThan(quantity(string(self.memory)))",
+        holds=_shm_fits,
+        message="shm %s must be less than memory %s: what lies in /dev/shm counts as memory",
+        general="shm must be less than memory: what lies in /dev/shm counts as memory",
+        values=(
+            Value("self.shm", lambda resources: resources.shm),
+            Value("self.memory", lambda resources: resources.memory),
+        ),
     ),
     Rule(
         scopes=("spec.podOverlay",),

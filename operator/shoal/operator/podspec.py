@@ -38,6 +38,10 @@ CACHE_DIR: Final = "/var/cache/shoal"
 WORKER_UID: Final = 65532
 _GROUP_TOKEN_DIR: Final = "/etc/shoal/group"
 _TMP: Final = "/tmp"  # an emptyDir of the pod's own
+# A folder that somebody gave to another user stays theirs.
+_OWN_CACHE: Final = (
+    f'[ "$(stat -c %u {CACHE_DIR})" != 0 ] || chown {WORKER_UID}:{WORKER_UID} {CACHE_DIR}'
+)
 _FETCHED_SCHEMES: Final = ("hf", "py")
 _SPREAD_OVER: Final = ("kubernetes.io/hostname", "topology.kubernetes.io/zone")
 _LOCKED_DOWN: Final = {
@@ -194,7 +198,7 @@ def _own_cache(pods: PodDefaults) -> dict[str, Any]:
     return {
         "name": OWN_CACHE_CONTAINER,
         **image_of(pods),
-        "command": ["chown", f"{WORKER_UID}:{WORKER_UID}", CACHE_DIR],
+        "command": ["sh", "-c", _OWN_CACHE],
         "volumeMounts": [{"name": "cache", "mountPath": CACHE_DIR}],
         "securityContext": {
             **_LOCKED_DOWN,
