@@ -170,4 +170,4 @@ def _milliseconds(seconds: float) -> str:
     """`-` where nothing was measured."""
     if seconds <= 0:
         return "-"
-    return f"{seconds * 1e3:.1f} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds * 1e3:.1f}ms" if seconds < 0.1 else f"{seconds * 1e3:.0f}ms"
