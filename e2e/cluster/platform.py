@@ -33,7 +33,8 @@ class Platform:
 
     def install(self, *flags: str, charts: Path = CHARTS) -> None:
         """Both charts, and waits until every pod is ready. Raises ClusterError."""
-        self._upgrade(CRDS, charts / "shoal-crds", "--create-namespace")
+        # Whoever used this cluster by hand may have applied the type by kubectl.
+        self._upgrade(CRDS, charts / "shoal-crds", "--create-namespace", "--force-conflicts")
         wait = ("--wait", "--timeout", "180s")
         self._upgrade(RELEASE, charts / "shoal", "-f", self.values, *wait, *flags)
 
