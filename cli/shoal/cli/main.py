@@ -41,6 +41,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Models and plans": {
         "plan": Entry("plan", "Print what a YAML file would create."),
+        "simulate": Entry("simulate", "Play a load against a YAML file, on a virtual clock."),
         "fetch": Entry("fetch", "Download a model ahead of time."),
     },
     "Other": {

@@ -40,14 +40,14 @@ class StepModel:
 
 
 DEFAULT: Final = "smollm2-cpu"
-# Fitted by bench.step_model on the machine that the name says.
+# bench/results/step_model.json, which bench.step_model wrote on two shared cores.
 PRESETS: Final = {
     "smollm2-cpu": StepModel(
-        base=0.006,
-        per_sequence=0.0006,
-        per_prefill_token=0.0004,
-        per_context_token=0.0000006,
-        overhead=0.003,
+        base=0.04604,
+        per_sequence=0.001965,
+        per_prefill_token=0.001151,
+        per_context_token=5.999e-07,
+        overhead=0.002,
     ),
 }
 

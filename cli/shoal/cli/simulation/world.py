@@ -28,8 +28,8 @@ from shoal.router.histogram import Histogram
 from shoal.router.pick import Demand, PickSettings, has_room, pick
 from shoal.router.queue import FairQueue, Ticket
 
-LOOK_SECONDS = 2.0
 TICK_SECONDS = 0.1  # deadlines in the queue, ends of drains
+LOOK_TICKS = 20  # from one look of the autoscaler to the next
 POOL = 16
 ROUTER = "router"
 _PATIENCE = 600.0  # after the last arrival, for what is still under way
@@ -115,17 +115,17 @@ class Simulation:
         """Plays all arrivals until everything has ended, or nothing will any more."""
         events = self._events
         upcoming = next(arrivals, None)
-        tick, look, now = 0.0, 0.0, 0.0
+        ticks, tick, now = 0, 0.0, 0.0
         ends = self._settings.duration
         while True:
             at = upcoming.at if upcoming is not None else float("inf")
             if tick <= at and (not events or tick <= events[0][0]):
                 now = tick
                 self._tick(now)
-                if now >= look:
+                if not ticks % LOOK_TICKS:
                     self._look(now)
-                    look = now + LOOK_SECONDS
-                tick = now + TICK_SECONDS
+                ticks += 1
+                tick = ticks * TICK_SECONDS
                 over = upcoming is None and now >= ends
                 if over and (not (self._in_flight or len(self._queue)) or now > ends + _PATIENCE):
                     break
