@@ -31,7 +31,7 @@ def test_a_new_service_gets_its_replicas(world, service):
     chat = service(replicas=2)
     revision = revision_of(chat.spec)
     decided = world.step(chat)
-    assert kinds(decided) == ["SaveRevision", "CreatePod", "CreatePod", "WriteRoutes"]
+    assert kinds(decided) == ["WriteRoutes", "SaveRevision", "CreatePod", "CreatePod"]
     pods = [action.pod for action in decided.actions if isinstance(action, CreatePod)]
     assert [pod.name for pod in pods] == [f"chat-{revision[:5]}-0", f"chat-{revision[:5]}-1"]
     labels = pods[0].manifest["metadata"]["labels"]
@@ -54,6 +54,15 @@ def test_ready_means_admitted(world, service):
     decided = world.step(chat)
     assert condition(decided, "Ready").status is ConditionStatus.TRUE
     assert decided.status.active_revision == revision_of(chat.spec)
+
+
+def test_a_model_is_cached_once_somebody_has_loaded_it(world, service):
+    """A service that is new is not said to have its model; a ready replica proves it."""
+    chat = service()
+    world.step(chat)
+    assert condition(world.plan(chat), "ModelCached").status is not ConditionStatus.TRUE
+    world.serve(*world.pods)
+    assert condition(world.plan(chat), "ModelCached").status is ConditionStatus.TRUE
 
 
 def test_at_rest_nothing_is_done(world, service):

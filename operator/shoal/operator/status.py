@@ -138,7 +138,8 @@ def _model_cached(situation: Situation) -> _Verdict:
     """A worker fetches its model before it loads it, so one that is ready proves the copy."""
     loaded = any(pod.ready and pod.revision == situation.target for pod in situation.staying)
     kind, uri = ConditionType.MODEL_CACHED, situation.service.spec.model.uri
-    if loaded or (situation.target is not None and situation.target == situation.active):
+    served = situation.observed.status.active_revision
+    if loaded or (situation.target is not None and situation.target == served):
         return _Verdict(kind, TRUE, "Loaded", f"{uri} is here")
     mine = [pod for pod in situation.staying if pod.revision == situation.target]
     for pod in mine:
