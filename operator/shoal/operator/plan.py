@@ -136,8 +136,6 @@ def plan(
     leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
     replaced = situation.routable >= bounds.replicas
     actions: list[Action] = [
-        *_completions(service, groups, moves, saved),
-        *_creations(service, observed, moves, target, active, saved),
         *(ResumePod(name) for name in moves.resume),
         *(DrainPod(name) for name in moves.drain),
         *([WriteRoutes(table)] if table is not None and table != observed.table else []),
@@ -147,6 +145,9 @@ def plan(
             if group.name not in moves.resume
             for action in leave.deletions(group, unwanted=replaced or group.revision != target)
         ),
+        # Last, as a cluster may refuse a pod: nothing else waits for it.
+        *_completions(service, groups, moves, saved),
+        *_creations(service, observed, moves, target, active, saved),
     ]
     status = build_status(situation, now)
     if situation.complete:
