@@ -45,7 +45,7 @@ class World:
     def make(self, revision, *, ready=False):
         self.count += 1
         name = f"{revision}-{self.count}"
-        self.replicas.append(Replica(name, revision, ready, ready, False, created=self.count))
+        self.replicas.append(Replica(name, revision, ready, ready, created=self.count))
 
     def counts(self, chosen=lambda replica: True):
         return Counter(replica.revision for replica in self.replicas if chosen(replica))
@@ -56,8 +56,8 @@ class World:
             wanted=self.wanted,
             active=self.active,
             bounds=self.bounds,
-            routable=self.counts(lambda r: r.ready and not r.leaving),
-            existing=self.counts(lambda r: not r.leaving),
+            routable=self.counts(lambda r: r.ready and not r.draining),
+            existing=self.counts(lambda r: not r.draining),
             in_force=self.in_force,
             paused=self.paused,
             verdict=self.verdict,
@@ -76,10 +76,13 @@ class World:
         moves = canary_moves(self.serving(weights), wanted, self.active, self.bounds)
         for revision in moves.create[: 1 if killed else None]:
             self.make(revision)
-        self.replicas = [
-            replace(r, leaving=r.leaving or (r.name in moves.drain and not killed))
-            for r in self.replicas
-        ]
+        if not killed:
+            self.replicas = [
+                replace(
+                    r, draining=(r.draining or r.name in moves.drain) and r.name not in moves.resume
+                )
+                for r in self.replicas
+            ]
         if not killed:
             self.state = course.state
             if course.completed:
@@ -94,7 +97,7 @@ class World:
 
     def settle(self, *, seconds=1.0):
         """Replicas get ready, those that leave are gone, time passes."""
-        self.replicas = [replace(r, ready=True) for r in self.replicas if not r.leaving]
+        self.replicas = [replace(r, ready=True) for r in self.replicas if not r.draining]
         self.now += seconds
 
     def run(self, rounds=40, *, seconds=1.0):
@@ -237,9 +240,24 @@ def test_without_surge_the_stable_revision_makes_room():
     for _ in range(300):
         world.reconcile()
         assert len(world.replicas) <= 4
-        assert sum(r.ready and not r.leaving for r in world.replicas) >= 3
+        assert sum(r.ready and not r.draining for r in world.replicas) >= 3
         world.settle()
     assert world.promotions == [NEW]
+
+
+def test_a_stable_replica_that_drains_is_called_back():
+    """The way back needs no new replica where the old one still lives."""
+    world = World(spec())
+    world.wanted = NEW
+    world.run(66)
+    draining = [r.name for r in world.replicas if r.draining]
+    while not draining:
+        world.run(1)
+        world.reconcile()
+        draining = [r.name for r in world.replicas if r.draining and r.revision == OLD]
+    world.verdict = Verdict.FAILED
+    world.reconcile()
+    assert [r.name for r in world.replicas if r.draining and r.revision == OLD] == []
 
 
 @pytest.mark.parametrize("document", [{}, {"revision": "a"}, {"since": "x"}])

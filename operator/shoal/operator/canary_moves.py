@@ -19,7 +19,8 @@ class Replica:
     revision: str
     ready: bool
     serving: bool  # routable, and its revision has a weight
-    leaving: bool  # it drains, or is being deleted
+    draining: bool = False  # on its way out, may still be called back
+    deleting: bool = False  # on its way out for good
     in_flight: int = 0
     created: float = 0.0
 
@@ -30,20 +31,25 @@ class CanaryMoves:
 
     create: tuple[str, ...] = ()  # revisions of replicas to make, in order
     drain: tuple[str, ...] = ()  # names
+    resume: tuple[str, ...] = ()
 
 
 def canary_moves(
     replicas: Sequence[Replica], wanted: Mapping[str, int], stable: str, bounds: Bounds
 ) -> CanaryMoves:
     """One round. Applying any part of it and asking again is safe, in any order."""
-    staying = [replica for replica in replicas if not replica.leaving]
+    staying = [r for r in replicas if not r.draining and not r.deleting]
     room = max(0, bounds.limit - len(replicas))
     create: list[str] = []
+    resume: list[str] = []
     # The stable revision is repaired before the new one grows.
     for revision in sorted(wanted, key=lambda name: name != stable):
-        have = sum(replica.revision == revision for replica in staying)
-        missing = min(room - len(create), max(0, wanted[revision] - have))
-        create += [revision] * missing
+        missing = max(0, wanted[revision] - sum(r.revision == revision for r in staying))
+        leaving = [r for r in replicas if r.revision == revision and r.draining and not r.deleting]
+        leaving.sort(key=lambda r: (not r.ready, -r.in_flight, r.created))
+        resume += [replica.name for replica in leaving[:missing]]
+        missing -= len(leaving[:missing])
+        create += [revision] * min(room - len(create), missing)
 
     spare = sum(replica.serving for replica in staying) - bounds.floor
     drain: list[str] = []
@@ -53,7 +59,7 @@ def canary_moves(
                 continue
             spare -= 1
         drain.append(replica.name)
-    return CanaryMoves(tuple(create), tuple(drain))
+    return CanaryMoves(tuple(create), tuple(drain), tuple(resume))
 
 
 def _excess(staying: Sequence[Replica], wanted: Mapping[str, int], stable: str) -> list[Replica]:
