@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from e2e.cluster import node, platform, requirements
@@ -15,7 +16,7 @@ from e2e.cluster.kube import Kube, external_kubeconfig
 from e2e.cluster.layout import ClusterError, Layout, default_layout
 from e2e.cluster.platform import Platform
 from e2e.cluster.report import Report
-from e2e.cluster.testbed import Testbed, since
+from e2e.cluster.testbed import Testbed, open_api, since
 
 COSTS = "What the cluster costs"
 
@@ -85,6 +86,13 @@ def shoal(
     report.row(COSTS, "helm install: two operators and two routers ready", since(began))
     say("helm install: operators and routers ready")
     return found
+
+
+@pytest.fixture(scope="session")
+def api(cluster: Testbed) -> Iterator[httpx.Client]:
+    """The API server, for requests by the hundred."""
+    with open_api(cluster.kube) as client:
+        yield client
 
 
 @pytest.fixture

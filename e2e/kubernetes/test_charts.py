@@ -1,12 +1,16 @@
 """The charts on a real API server: every rendering is accepted, upgrades disturb nobody."""
 
 import io
+import socket
+import ssl
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 import yaml
 
 from e2e.cluster import platform, services
@@ -77,10 +81,68 @@ def test_the_api_server_accepts_an_example(
     )
 
 
+RESTRICTED = ("pod-security.kubernetes.io/enforce=restricted",)
+
+
+@pytest.mark.parametrize("component", ["operator", "router"])
+def test_a_restricted_namespace_admits_the_pods(
+    cluster: Testbed, shoal: Platform, namespace: str, component: str
+) -> None:
+    """Operator and routers keep to the strictest Pod Security Standard."""
+    cluster.kube.kubectl("label", "namespace", namespace, *RESTRICTED)
+    deployment = cluster.kube.get("deployment", f"shoal-{component}", platform.NAMESPACE)
+    template = deployment["spec"]["template"]
+    pod = {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": component, "labels": template["metadata"]["labels"]},
+        "spec": {**template["spec"], "serviceAccountName": "default"},
+    }
+    wait_for("the namespace's account", 30, lambda: _has_account(cluster, namespace))
+    cluster.kube.kubectl(
+        *("create", "--dry-run=server", "-n", namespace, "-f", "-"), stdin=yaml.safe_dump(pod)
+    )
+
+
+def test_https_with_a_given_certificate(
+    cluster: Testbed, shoal: Platform, tmp_path: Path, report: Report
+) -> None:
+    """With a Secret named, clients that trust its authority speak HTTPS, probes too; a renewed
+    Secret is served without a restart."""
+    authority, host = trustme.CA(), "shoal-router.shoal-system.svc"
+    authority.cert_pem.write_to_path(tmp_path / "ca.crt")
+    _certificate(cluster, authority, host, tmp_path)
+    tls = "router.tls.enabled=true,router.tls.secretName=router-tls,router.service.port=443"
+    try:
+        shoal.install("--set", f"{tls},router.replicas=1")
+        address = cluster.kube.get("service", "shoal-router", platform.NAMESPACE)["spec"]
+        first = _shown(address["clusterIP"], host, tmp_path)
+        started = _restarts(cluster)
+        begun = time.monotonic()
+        _certificate(cluster, authority, host, tmp_path)
+        wait_for(
+            "the renewed certificate",
+            150,
+            lambda: _shown(address["clusterIP"], host, tmp_path) != first,
+            every=1.0,
+        )
+        report.head("HTTPS", "what", "seconds")
+        report.row(
+            "HTTPS",
+            "kubectl apply of a renewed Secret to its use",
+            f"{time.monotonic() - begun:.0f}",
+        )
+        assert _restarts(cluster) == started
+    finally:
+        shoal.install()
+        cluster.kube.delete("secret", "router-tls", platform.NAMESPACE)
+
+
 @pytest.fixture
 def served(cluster: Testbed, shoal: Platform) -> Iterator[str]:
-    """A namespace with one ready service."""
+    """A namespace that admits restricted pods alone, with one ready service."""
     namespace = cluster.make_namespace("charts")
+    cluster.kube.kubectl("label", "namespace", namespace, *RESTRICTED)
     cluster.kube.apply(namespace, services.service(NAME))
     _wait_settled(cluster, namespace)
     yield namespace
@@ -189,6 +251,49 @@ def _wait_settled(cluster: Testbed, namespace: str) -> None:
         )
     except ClusterError as error:
         pytest.fail(f"{error}\n{cluster.describe(namespace)}")
+
+
+def _has_account(cluster: Testbed, namespace: str) -> bool:
+    return any(
+        one["metadata"]["name"] == "default"
+        for one in cluster.kube.list("serviceaccounts", namespace)
+    )
+
+
+def _certificate(cluster: Testbed, authority: trustme.CA, host: str, folder: Path) -> None:
+    """Issues a certificate and applies it as the Secret `router-tls`."""
+    made = authority.issue_cert(host)
+    made.cert_chain_pems[0].write_to_path(folder / "tls.crt")
+    made.private_key_pem.write_to_path(folder / "tls.key")
+    text = cluster.kube.kubectl(
+        *("create", "secret", "tls", "router-tls", "--dry-run=client", "-o", "yaml"),
+        *(f"--cert={folder / 'tls.crt'}", f"--key={folder / 'tls.key'}"),
+    )
+    cluster.kube.kubectl("apply", "-n", platform.NAMESPACE, "-f", "-", stdin=text)
+
+
+def _shown(address: str, host: str, folder: Path) -> bytes:
+    """The certificate of the router, once it has answered a request over it."""
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    with (
+        socket.create_connection((address, 443), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=host) as secure,
+    ):
+        secure.sendall(f"GET /ready HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert secure.recv(64).startswith(b"HTTP/1.1 200")
+        certificate = secure.getpeercert(binary_form=True)
+    assert certificate is not None
+    return certificate
+
+
+def _restarts(cluster: Testbed) -> dict[str, int]:
+    return {
+        str(pod["metadata"]["uid"]): sum(
+            one["restartCount"] for one in pod["status"]["containerStatuses"]
+        )
+        for pod in cluster.kube.list("pods", platform.NAMESPACE, platform.ROUTER)
+        if "deletionTimestamp" not in pod["metadata"]
+    }
 
 
 def _in_one_namespace(text: str, namespace: str) -> str:
