@@ -39,7 +39,7 @@ class Steady:
         return services.settled(self.kube, self.namespace, NAME, 2)
 
     @contextmanager
-    def fault(self, what: str, recovered: str, seconds: float = 120) -> Iterator[None]:
+    def fault(self, what: str, recovered: str, seconds: float = 240) -> Iterator[None]:
         """Does the block, waits until two replicas serve again, and judges every answer."""
         self.report.head(
             TABLE,
@@ -137,7 +137,7 @@ def test_a_router_is_killed(steady: Steady, own: Testbed) -> None:
 
 def test_a_rolling_update(steady: Steady) -> None:
     """A changed spec replaces both replicas, one after the other."""
-    with steady.fault("rolling update (engine.maxNumSeqs)", "2 new replicas, no old one", 240):
+    with steady.fault("rolling update (engine.maxNumSeqs)", "2 new replicas, no old one", 400):
         engine = {"engine": {"maxNumSeqs": 24}}
         steady.kube.patch("infs", NAME, steady.namespace, {"spec": engine})
         wait_for("the change's being seen", 30, lambda: not steady.settled())
@@ -153,7 +153,7 @@ def test_the_operator_is_killed_in_the_middle_of_a_rollout(steady: Steady, own: 
         now = services.workers(steady.kube, steady.namespace, NAME)
         return bool({pod["metadata"]["name"] for pod in now} - before)
 
-    with steady.fault("SIGKILL of the operator in a rollout", "2 new replicas, no old one", 240):
+    with steady.fault("SIGKILL of the operator in a rollout", "2 new replicas, no old one", 400):
         engine = {"engine": {"maxNumSeqs": 28}}
         steady.kube.patch("infs", NAME, steady.namespace, {"spec": engine})
         wait_for("the rollout's begin", 30, began)

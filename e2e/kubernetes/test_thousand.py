@@ -96,7 +96,11 @@ def crowd(cluster: Testbed, shoal: Platform, report: Report, say: Say) -> Iterat
         ),
     )
     say(f"{NODES} fake nodes")
+    # There are no engines on fake nodes, and what routers spend on looking for them is not asked.
+    routers = ("scale", "deployment/shoal-router", "-n", platform.NAMESPACE)
+    kube.kubectl(*routers, "--replicas=0")
     yield Crowd(cluster, shoal, namespace, report)
+    kube.kubectl(*routers, "--replicas=2")
     kube.kubectl("delete", "infs", "--all", "-n", namespace, "--wait=false", seconds=300)
     kube.kubectl("delete", "namespace", namespace, "--wait=true", seconds=400)
     kube.kubectl("delete", "nodes", "-l", "type=kwok")
