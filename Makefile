@@ -20,7 +20,10 @@ $(UV):
 	@free=$$(df -Pk . | awk 'NR==2 {print $$4}'); test "$$free" -gt 7000000 || { echo "Shoal needs about 7 GB of disk (nearly all of it torch), but $$((free / 1000000)) GB are free here. Make room and run the command again."; exit 1; }
 	@.boot/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
 
-$(VENV)/run.stamp: $(UV) pyproject.toml constraints.txt
+# Installing also compiles the native kernels, where there is a C++ compiler.
+NATIVE := hatch_build.py kernels/native_build.py $(wildcard kernels/shoal/kernels/csrc/*)
+
+$(VENV)/run.stamp: $(UV) pyproject.toml constraints.txt $(NATIVE)
 	@test -x $(BIN)/python || $(UV) venv --quiet --python "$(PYTHON)" $(VENV)
 	@echo "Installing Shoal and its pinned dependencies into $(VENV) ..."
 	@$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable ".[all]"

@@ -12,11 +12,14 @@ from types import ModuleType
 import pytest
 import torch
 
+from shoal.kernels.native import unavailable
 from shoal.kernels.paged import CacheShape
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine
+from shoal.worker.model.backend import TorchBackend
+from shoal.worker.model.decoder import Decoder
 from shoal.worker.request import EngineRequest, FinishReason, SamplingParams
-from shoal.worker.runner import InProcessExecutor
+from shoal.worker.runner import InProcessExecutor, create_executor
 from shoal.worker.step import Row, SlotInit, StepPlan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -35,6 +38,7 @@ Tokens = tuple[int, ...]
 class Parity:
     """What all tests here share: one set of weights, the prompts and the tokens to expect."""
 
+    decoder: Decoder
     executor: InProcessExecutor
     prompts: Sequence[Tokens]
     alone: Sequence[Tokens]
@@ -51,19 +55,25 @@ def parity(models: ModuleType) -> Iterator[Parity]:
     prompts = [
         tuple(torch.randint(100, 49152, (n,), generator=generator).tolist()) for n in LENGTHS
     ]
-    executor = build(models, "float32", blocks=600)
+    decoder = models.load(models.smollm2_path(), "float32")
+    executor = torch_executor(decoder, blocks=600)
     alone = []
     for index, prompt in enumerate(prompts):
         engine = Engine(executor, EngineConfig(max_num_seqs=1, enable_prefix_caching=False))
         alone += generate(engine, {f"alone-{index}": prompt}).values()
-    yield Parity(executor, prompts, alone)
+    yield Parity(decoder, executor, prompts, alone)
     torch.set_num_threads(threads)
 
 
-def build(models: ModuleType, dtype: str, blocks: int) -> InProcessExecutor:
-    decoder = models.load(models.smollm2_path(), dtype)
+def torch_executor(decoder: Decoder, blocks: int) -> InProcessExecutor:
     shape = CacheShape(blocks, 16, decoder.spec.num_kv_heads, decoder.spec.head_dim)
-    return InProcessExecutor(decoder, shape, max_model_len=1024, slots=32)
+    return InProcessExecutor(
+        TorchBackend(decoder, shape, 1024),
+        num_blocks=blocks,
+        block_size=16,
+        max_model_len=1024,
+        slots=32,
+    )
 
 
 def generate(engine: Engine, prompts: dict[str, Tokens]) -> dict[str, Tokens]:
@@ -112,37 +122,79 @@ def test_prefix_cache_cold_and_warm(parity: Parity) -> None:
 @pytest.mark.parametrize("caching", [True, False])
 def test_preemption(parity: Parity, caching: bool) -> None:
     """A pool so small that sequences are preempted and recomputed: equal tokens all the same."""
-    whole = parity.executor
-    decoder, shape = whole._decoder, CacheShape(90, 16, 3, 64)
-    executor = InProcessExecutor(decoder, shape, max_model_len=1024, slots=32)
+    executor = torch_executor(parity.decoder, blocks=90)
     engine = Engine(executor, EngineConfig(max_num_seqs=32, enable_prefix_caching=caching))
     assert batched(parity, engine) == list(parity.alone)
     assert engine.stats().preemptions > 0
 
 
-def test_bfloat16_differs_only_within_its_noise(parity: Parity, models: ModuleType) -> None:
-    """Teacher-forced through our decode steps in bfloat16: where our choice is not transformers'
-    in float32, the two logits are nearer than bfloat16 shifts logits in transformers itself. On
-    every fourth prompt, the longest included: 512 choices."""
+@dataclass(frozen=True)
+class Noise:
+    """Sequences to be forced, transformers' float32 logits of their last NEW tokens, and how far
+    bfloat16 moves the two likeliest of them against each other in transformers itself."""
+
+    forced: Sequence[Tokens]
+    exact: Sequence[torch.Tensor]
+    most: float
+
+
+@pytest.fixture(scope="module")
+def noise(parity: Parity, models: ModuleType) -> Noise:
+    """On every fourth prompt, the longest included: 512 choices."""
     forced = [p + tokens for p, tokens in zip(parity.prompts, parity.alone, strict=True)][3::4]
-    ours = forced_choices(build(models, "bfloat16", blocks=600), forced)
     reference = models.smollm2()
+    exact = [last_logits(reference, tokens) for tokens in forced]
     low = deepcopy(reference).to(torch.bfloat16)
-    gaps, shifts, agreed = [], [], 0
-    for tokens, choices in zip(forced, ours, strict=True):
-        exact = last_logits(reference, tokens)
-        best = exact.max(-1)
-        shift = last_logits(low, tokens) - exact
-        # Of the tokens in question, relative to each other: a common shift changes no choice.
-        rivals = exact.topk(2).indices
-        pair = shift.gather(1, rivals)
-        shifts.append((pair[:, 0] - pair[:, 1]).abs())
-        picked = exact.gather(1, choices[:, None]).squeeze(1)
-        gaps.append(best.values - picked)
-        agreed += int((choices == best.indices).sum())
-    noise = torch.cat(shifts).max()
-    assert torch.cat(gaps).max() <= noise
-    assert agreed >= 0.97 * NEW * len(forced)
+    most = 0.0
+    for tokens, logits in zip(forced, exact, strict=True):
+        pair = (last_logits(low, tokens) - logits).gather(1, logits.topk(2).indices)
+        most = max(most, float((pair[:, 0] - pair[:, 1]).abs().max()))
+    return Noise(forced, exact, most)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_bfloat16_differs_only_within_its_noise(
+    noise: Noise, models: ModuleType, backend: str
+) -> None:
+    """Teacher-forced through our decode steps in bfloat16: where our choice is not transformers'
+    in float32, the two logits are nearer than bfloat16 shifts logits in transformers itself."""
+    executor = bfloat16_executor(models, backend)
+    ours = forced_choices(executor, noise.forced)
+    executor.close()
+    agreed = 0
+    for logits, choices in zip(noise.exact, ours, strict=True):
+        gap = logits.max(-1).values - logits.gather(1, choices[:, None]).squeeze(1)
+        assert float(gap.max()) <= noise.most
+        agreed += int((gap == 0).sum())
+    assert agreed >= 0.97 * NEW * len(noise.forced)
+
+
+def test_step_programs_do_not_depend_on_what_runs_beside(
+    parity: Parity, models: ModuleType
+) -> None:
+    """The native backend's tokens in bfloat16 are the same alone, in mixed batches, in chunks, and
+    with cached prefixes: a row's sums are made in one order, whatever is computed beside it."""
+    executor = bfloat16_executor(models, "native")
+    prompts = {str(index): prompt for index, prompt in enumerate(parity.prompts[::3])}
+    alone: dict[str, Tokens] = {}
+    for name, prompt in prompts.items():
+        engine = Engine(executor, EngineConfig(max_num_seqs=1, enable_prefix_caching=False))
+        alone |= generate(engine, {name: prompt})
+    for budget in (16, 100, 2048):
+        engine = Engine(executor, EngineConfig(max_num_seqs=32, max_batched_tokens=budget))
+        assert generate(engine, prompts) == alone
+        assert generate(engine, prompts) == alone  # with a warm prefix cache
+    executor.close()
+
+
+def bfloat16_executor(models: ModuleType, backend: str) -> InProcessExecutor:
+    if backend == "native" and (why := unavailable()) is not None:
+        pytest.skip(why)
+    threads = torch.get_num_threads()
+    config = EngineConfig(
+        dtype="bfloat16", backend=backend, kv_cache_blocks=600, max_num_seqs=32, threads=threads
+    )
+    return create_executor(models.smollm2_path(), config, lambda phase, seconds: None)
 
 
 @torch.inference_mode()

@@ -56,6 +56,8 @@ def plan_memory(
     max_model_len: int,
     available: int,
     resident: int,
+    *,
+    native: bool = False,
 ) -> MemoryPlan:
     """Decides the number of KV blocks.
 
@@ -77,7 +79,11 @@ def plan_memory(
     fixed = MemoryPlan(
         runtime=resident,
         weights=_weights(spec, precision),
-        activations=_activations(spec, precision, config, max_model_len),
+        activations=(
+            _native_activations(spec, config)
+            if native
+            else _activations(spec, precision, config, max_model_len)
+        ),
         workspace=_workspace(spec, config, max_model_len, per_sequence),
         num_blocks=0,
         block_bytes=block_bytes,
@@ -136,6 +142,13 @@ def _activations(
     gathered = 2 * spec.num_kv_heads * spec.head_dim * item * max_model_len
     scores = 2 * QUERY_TILE * spec.num_heads * item * max_model_len
     return config.max_batched_tokens * per_token + gathered + scores
+
+
+def _native_activations(spec: DecoderSpec, config: EngineConfig) -> int:
+    """The buffers of a step program: see `shoal.kernels.native.Buffer`."""
+    heads = 2 * spec.num_heads + 2 * spec.num_kv_heads
+    per_token = 6 * spec.hidden_size + 2 * heads * spec.head_dim + 2 * spec.intermediate_size
+    return config.max_batched_tokens * per_token
 
 
 def _workspace(

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shoal.kernels.paged import CacheShape, PagedBatch, flat_order, plan_batch
-from shoal.kernels.rope import rope_table
+from shoal.kernels.flat import FlatBatch
+from shoal.kernels.paged import CacheShape, flat_order
 from shoal.worker.config import EngineConfig
 from shoal.worker.executor import ModelInfo
 from shoal.worker.host import available_memory, resident_memory, usable_cores
 from shoal.worker.memory import LOGIT_ROWS, plan_memory
-from shoal.worker.model.decoder import Decoder
+from shoal.worker.model.backend import Backend, TorchBackend
 from shoal.worker.model.loader import load_decoder, open_checkpoint
-from shoal.worker.model.precision import choose_precision
+from shoal.worker.model.native import NativeBackend, unfit
+from shoal.worker.model.precision import Precision, choose_precision
+from shoal.worker.model.spec import DecoderSpec
 from shoal.worker.request import SamplingParams
 from shoal.worker.sampler import Sampler, logprob_entries
 from shoal.worker.step import PromptLogprobs, Row, SlotInit, StepPlan, StepResult
@@ -25,31 +27,31 @@ from shoal.worker.step import PromptLogprobs, Row, SlotInit, StepPlan, StepResul
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 8192
+BACKENDS = ("auto", "native", "torch")
 _WARM_UP_TOKENS = 64
 
 
 class InProcessExecutor:
     """Implements `shoal.worker.executor.Executor`. Used by one thread."""
 
-    def __init__(self, decoder: Decoder, shape: CacheShape, max_model_len: int, slots: int) -> None:
-        spec = decoder.spec
+    def __init__(
+        self, backend: Backend, *, num_blocks: int, block_size: int, max_model_len: int, slots: int
+    ) -> None:
+        spec = backend.spec
         self.info = ModelInfo(
             architecture=spec.architecture,
             vocab_size=spec.vocab_size,
             max_model_len=max_model_len,
             eos_token_ids=spec.eos_token_ids,
             bos_token_id=spec.bos_token_id,
-            dtype=decoder.precision.name,
+            dtype=backend.dtype,
         )
-        self.num_blocks = shape.num_blocks
-        self.block_size = shape.block_size
-        self._shape = shape
-        self._decoder = decoder
-        self._caches = [shape.allocate(decoder.precision.cache) for _ in decoder.layers]
-        self._rope = rope_table(spec.rope.inverse_frequencies(), max_model_len)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._backend = backend
         # A row a slot. The last token of a full sequence is stored, though never computed.
         self._tokens = np.zeros((slots, max_model_len + 1), np.int64)
-        self._tables = np.zeros((slots, -(-max_model_len // shape.block_size)), np.int64)
+        self._tables = np.zeros((slots, -(-max_model_len // block_size)), np.int64)
         self._table_len = np.zeros(slots, np.int64)
         self._sampler = Sampler(slots, spec.vocab_size, spec.eos_token_ids)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt_len, likeliest)
@@ -76,7 +78,7 @@ class InProcessExecutor:
         self.execute(StepPlan(1, (), (), (Row(0, num_tokens, 1, sample=True),)))
 
     def close(self) -> None:
-        self._caches = []
+        self._backend.close()
 
     def _enter(self, init: SlotInit) -> None:
         slot, count = init.slot, len(init.token_ids)
@@ -102,9 +104,8 @@ class InProcessExecutor:
             last = (row.start + row.count - 1) // self.block_size
             fresh = set(self._tables[row.slot, first : last + 1].tolist()) & self._tainted
             self._tainted -= fresh
-            for cache in self._caches if fresh else ():
-                blocks = cache.view(2 * self._shape.kv_heads, self.num_blocks, -1)
-                blocks.index_fill_(1, torch.tensor(sorted(fresh)), 0.0)
+            if fresh:
+                self._backend.clear(sorted(fresh))
 
     def _run(self, rows: tuple[Row, ...]) -> StepResult:
         slots = np.array([row.slot for row in rows])
@@ -113,20 +114,16 @@ class InProcessExecutor:
         order = flat_order(starts, counts)
         ends = np.cumsum(counts[order])
         depth = int((starts + counts - 1).max()) // self.block_size + 1
-        batch = plan_batch(
-            starts[order],
-            counts[order],
-            self._tables[slots[order], :depth],
-            self._shape,
-            self._decoder.precision.compute,
-            self._decoder.spec.sliding_window,
+        ids = [self._tokens[r.slot, r.start : r.start + r.count] for r in (rows[i] for i in order)]
+        batch = FlatBatch.of(
+            np.concatenate(ids), starts[order], counts[order], self._tables[slots[order], :depth]
         )
         last = np.empty_like(ends)  # flat row of each sequence's last token, in the plan's order
         last[order] = ends - 1
         asked = [(row, int(end)) for row, end in zip(rows, last, strict=True)]
         asked = [(row, end) for row, end in asked if row.slot in self._prompt_logprobs]
         wanted = [last, *(self._prompt_rows(row, end) for row, end in asked)]
-        hidden = self._forward(batch, slots[order], np.concatenate(wanted))
+        hidden = self._backend.forward(batch, np.concatenate(wanted))
         self._note_overflow(hidden[: len(rows)], slots)
         bounds = np.cumsum([len(part) for part in wanted]).tolist()
         prompts = [
@@ -137,7 +134,7 @@ class InProcessExecutor:
         if not len(sampling):
             return StepResult((), tuple(part for part in prompts if part.entries))
         slots, lengths = slots[sampling], (starts + counts)[sampling]
-        logits = self._decoder.logits(hidden[torch.from_numpy(sampling)])
+        logits = self._backend.logits(hidden[torch.from_numpy(sampling)])
         sampled = self._sampler.sample(logits, slots, lengths, self._tokens)
         self._tokens[slots, lengths] = [result.token_id for result in sampled]
         return StepResult(tuple(sampled), tuple(part for part in prompts if part.entries))
@@ -147,18 +144,6 @@ class InProcessExecutor:
         finite = hidden.sum(-1).isfinite().numpy()
         for slot in () if finite.all() else slots[~finite]:
             self._tainted.update(self._tables[slot, : self._table_len[slot]].tolist())
-
-    def _forward(self, batch: PagedBatch, slots: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-        """Hidden states of the flat `rows`; `slots` in the batch's order of sequences."""
-        tokens = self._tokens[slots[batch.sequence], batch.position]
-        return self._decoder.forward(
-            torch.from_numpy(tokens),
-            self._rope.index_select(0, torch.from_numpy(batch.position)),
-            batch,
-            self._caches,
-            self._shape,
-            torch.from_numpy(rows),
-        )
 
     def _prompt_rows(self, row: Row, last: int) -> np.ndarray:
         """Flat rows of the tokens of `row` whose next token is of the prompt; `last` is the flat
@@ -175,7 +160,7 @@ class InProcessExecutor:
         for first in range(0, len(hidden), LOGIT_ROWS):
             part = hidden[first : first + LOGIT_ROWS]
             chosen = following[first : first + len(part)]
-            entries += logprob_entries(self._decoder.logits(part), chosen, [likeliest] * len(part))
+            entries += logprob_entries(self._backend.logits(part), chosen, [likeliest] * len(part))
         return PromptLogprobs(row.slot, row.start + 1, tuple(entries))
 
 
@@ -200,18 +185,54 @@ def create_executor(
     max_model_len = config.max_model_len or min(trained, DEFAULT_MAX_MODEL_LEN)
     if max_model_len > trained:
         raise ValueError(f"max_model_len is {max_model_len}, the model's limit is {trained}")
+    native = _runs_native(spec, precision, config)
     memory = plan_memory(
-        spec, precision, config, max_model_len, available_memory(), resident_memory()
+        spec, precision, config, max_model_len, available_memory(), resident_memory(), native=native
     )
     log.info("memory: %s", memory.describe())
-    decoder, times = load_decoder(checkpoint, precision, clock)
+    backend: Backend
+    if native:
+        backend = NativeBackend(
+            checkpoint,
+            precision,
+            block_size=config.block_size,
+            num_blocks=memory.num_blocks,
+            max_model_len=max_model_len,
+            max_tokens=config.max_batched_tokens,
+            threads=torch.get_num_threads(),
+            clock=clock,
+        )
+        times = backend.times
+    else:
+        decoder, times = load_decoder(checkpoint, precision, clock)
+        shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
+        backend = TorchBackend(decoder, shape, max_model_len)
     progress("load", clock() - started - times.pack)
     progress("pack", times.pack)
     started = clock()
-    shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
-    executor = InProcessExecutor(decoder, shape, max_model_len, config.max_num_seqs)
+    executor = InProcessExecutor(
+        backend,
+        num_blocks=memory.num_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+        slots=config.max_num_seqs,
+    )
     progress("kv", clock() - started)
     started = clock()
     executor.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1), clock)
     progress("warm-up", clock() - started)
     return executor
+
+
+def _runs_native(spec: DecoderSpec, precision: Precision, config: EngineConfig) -> bool:
+    """Whether the native library computes, as `config.backend` says. ValueError where it must
+    and cannot."""
+    if config.backend not in BACKENDS:
+        raise ValueError(f"backend is {config.backend!r}, expected " + ", ".join(BACKENDS))
+    if config.backend == "torch":
+        return False
+    why = unfit(spec, precision, config.block_size)
+    if why is not None and config.backend == "native":
+        raise ValueError(f"backend is native, but {why}")
+    log.info("backend: %s", "native, AVX-512 BF16" if why is None else f"torch ({why})")
+    return why is None

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,35 @@ def load_decoder(
     Raises WeightError that names the first tensor that is missing, not known, or of a wrong
     shape, before any is read.
     """
-    spec, source = checkpoint.spec, checkpoint.source
-    _check(spec, source)
-    build = _Builder(spec, source, precision, clock)
-    embedding = build.matrix("model.embed_tokens.weight")
-    layers = tuple(build.layer(f"model.layers.{index}.") for index in range(spec.num_layers))
-    norm = build.vector("model.norm.weight")
-    head = embedding if spec.tied_embeddings else build.matrix("lm_head.weight")
-    return (
-        Decoder(spec, precision, embedding, layers, norm, build.pack(head, None)),
-        build.times,
-    )
+    read = WeightReader(checkpoint, precision, clock)
+    times = LoadTimes()
+
+    def pack(matrix: Matrix) -> PackedLinear:
+        started = clock()
+        weight, bias = matrix
+        compute = precision.compute
+        packed = PackedLinear(weight.to(compute), None if bias is None else bias.to(compute))
+        times.pack += clock() - started
+        return packed
+
+    def layer(index: int) -> DecoderLayer:
+        read_layer = read.layer(index)
+        return DecoderLayer(
+            attention_norm=read_layer.attention_norm,
+            qkv=pack(read_layer.qkv),
+            output=pack(read_layer.output),
+            mlp_norm=read_layer.mlp_norm,
+            gate=pack(read_layer.gate),
+            up=pack(read_layer.up),
+            down=pack(read_layer.down),
+        )
+
+    embedding = read.embedding()
+    layers = tuple(layer(index) for index in range(checkpoint.spec.num_layers))
+    norm = read.norm()
+    head = pack((read.head(embedding), None))
+    times.load = read.seconds
+    return Decoder(checkpoint.spec, precision, embedding, layers, norm, head), times
 
 
 def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
@@ -124,61 +142,84 @@ def _check(spec: DecoderSpec, source: WeightSource) -> None:
             )
 
 
-@dataclass(slots=True)
-class _Builder:
-    spec: DecoderSpec
-    source: WeightSource
-    precision: Precision
-    clock: Clock
-    times: LoadTimes = field(default_factory=LoadTimes)
+Matrix = tuple[Tensor, Tensor | None]  # weight [outputs, inputs], bias [outputs]
 
-    def layer(self, prefix: str) -> DecoderLayer:
-        spec = self.spec
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        return DecoderLayer(
-            attention_norm=self.vector(f"{prefix}input_layernorm.weight"),
-            qkv=self.pack(*self._qkv(attention)),
-            output=self.linear(f"{attention}o_proj", spec.output_bias),
-            mlp_norm=self.vector(f"{prefix}post_attention_layernorm.weight"),
-            gate=self.linear(f"{mlp}gate_proj", spec.mlp_bias),
-            up=self.linear(f"{mlp}up_proj", spec.mlp_bias),
-            down=self.linear(f"{mlp}down_proj", spec.mlp_bias),
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer as read: norms in float32, matrices in the precision's weights."""
+
+    attention_norm: Tensor  # [hidden]
+    qkv: Matrix  # hidden -> (heads + 2 * kv_heads) * head_dim, rotary pairs interleaved
+    output: Matrix
+    mlp_norm: Tensor  # [hidden]
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
+class WeightReader:
+    """Reads a checkpoint's tensors, each a copy of its own. `seconds`: what reading took so far.
+
+    Raises WeightError that names the first tensor that is missing, not known, or of a wrong
+    shape, before any is read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, clock: Clock) -> None:
+        self.seconds = 0.0
+        self._spec = checkpoint.spec
+        self._source = checkpoint.source
+        self._dtype = precision.weights
+        self._clock = clock
+        _check(self._spec, self._source)
+
+    def embedding(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._read("model.embed_tokens.weight", self._dtype)
+
+    def norm(self) -> Tensor:
+        """The last norm's weight, [hidden] float32."""
+        return self._read("model.norm.weight", torch.float32)
+
+    def head(self, embedding: Tensor) -> Tensor:
+        """[vocab, hidden]: the embedding itself where they are tied."""
+        return (
+            embedding if self._spec.tied_embeddings else self._read("lm_head.weight", self._dtype)
         )
 
-    def _qkv(self, prefix: str) -> tuple[Tensor, Tensor | None]:
-        kinds = ("weight", "bias") if self.spec.attention_bias else ("weight",)
+    def layer(self, index: int) -> LayerWeights:
+        spec, prefix = self._spec, f"model.layers.{index}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        return LayerWeights(
+            attention_norm=self._read(f"{prefix}input_layernorm.weight", torch.float32),
+            qkv=self._qkv(attention),
+            output=self._matrix(f"{attention}o_proj", spec.output_bias),
+            mlp_norm=self._read(f"{prefix}post_attention_layernorm.weight", torch.float32),
+            gate=self._matrix(f"{mlp}gate_proj", spec.mlp_bias),
+            up=self._matrix(f"{mlp}up_proj", spec.mlp_bias),
+            down=self._matrix(f"{mlp}down_proj", spec.mlp_bias),
+        )
+
+    def _qkv(self, prefix: str) -> Matrix:
+        spec = self._spec
+        kinds = ("weight", "bias") if spec.attention_bias else ("weight",)
         joined = []
         for kind in kinds:
-            q, k, v = (self.matrix(f"{prefix}{part}_proj.{kind}") for part in "qkv")
-            if not self.source.interleaved_rope:
-                q = interleave_halves(q, self.spec.num_heads, self.spec.rope.rotary_dim)
-                k = interleave_halves(k, self.spec.num_kv_heads, self.spec.rope.rotary_dim)
+            q, k, v = (self._read(f"{prefix}{part}_proj.{kind}", self._dtype) for part in "qkv")
+            if not self._source.interleaved_rope:
+                q = interleave_halves(q, spec.num_heads, spec.rope.rotary_dim)
+                k = interleave_halves(k, spec.num_kv_heads, spec.rope.rotary_dim)
             joined.append(torch.cat((q, k, v)))
-        return joined[0], joined[1] if self.spec.attention_bias else None
+        return joined[0], joined[1] if spec.attention_bias else None
 
-    def linear(self, name: str, bias: bool) -> PackedLinear:
-        weight = self.matrix(f"{name}.weight")
-        return self.pack(weight, self.matrix(f"{name}.bias") if bias else None)
-
-    def vector(self, name: str) -> Tensor:
-        """In float32, a copy of its own."""
-        return self._read(name, torch.float32)
-
-    def matrix(self, name: str) -> Tensor:
-        """Rounded to the weights' dtype, a copy of its own."""
-        return self._read(name, self.precision.weights)
-
-    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        started = self.clock()
-        compute = self.precision.compute
-        packed = PackedLinear(weight.to(compute), None if bias is None else bias.to(compute))
-        self.times.pack += self.clock() - started
-        return packed
+    def _matrix(self, name: str, bias: bool) -> Matrix:
+        weight = self._read(f"{name}.weight", self._dtype)
+        return weight, self._read(f"{name}.bias", self._dtype) if bias else None
 
     def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        started = self.clock()
-        tensor = self.source.read(name).to(dtype, copy=True)
-        self.times.load += self.clock() - started
+        started = self._clock()
+        tensor = self._source.read(name).to(dtype, copy=True)
+        self.seconds += self._clock() - started
         return tensor
 
 
