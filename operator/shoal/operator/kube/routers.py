@@ -115,7 +115,9 @@ class RouterFleet:
                 # What has just begun is not known to routers yet.
                 await asyncio.sleep(self._pace.eager)
         finally:
-            for router in self._routers.values():
+            # Whoever leads again connects anew.
+            known, self._routers, self._counted = self._routers, {}, frozenset()
+            for router in known.values():
                 await self._close(router)
 
     async def _round(self) -> None:
