@@ -13,7 +13,7 @@ GOOD, OTHER, BROKEN = "0.1.0", "0.1.1", "0.1.2"  # model revisions; BROKEN never
 numbers = st.integers(0, 30)
 _HAPPENINGS = (
     *("schedule", "schedule", "run", "run", "serve", "serve", "serve", "grow", "grow"),
-    *("crash", "evict", "delete", "finish", "finish", "vanish", "busy", "node", "time"),
+    *("crash", "evict", "delete", "finish", "finish", "vanish", "busy", "idle", "node", "time"),
 )
 events = st.one_of(
     st.tuples(st.just("step"), st.just(0)),
@@ -78,11 +78,11 @@ class Story:
                 pass
             case "run" | "serve" | "crash" | "evict" | "delete" | "finish" | "vanish" if name:
                 getattr(cluster, kind)(name)
-            case "busy" if name is not None:
-                leader = cluster.group(name).name
+            case "busy":
                 seen = cluster.replicas()
-                if any(seen.routable(pod) for pod in seen.pods if pod.name == leader):
-                    cluster.busy[leader] = value + 1
+                cluster.busy |= {pod.name: value + 1 for pod in seen.pods if seen.routable(pod)}
+            case "idle":
+                cluster.busy.clear()
             case "node":
                 node = NODES[value % 3]
                 (cluster.node_down if cluster.nodes[node] else cluster.node_up)(node)
@@ -193,7 +193,9 @@ def test_killed_between_any_two_actions_of_a_rollout(ranks, rollout, crashes):
     told.cluster.settle(told.wanted())
     told.happen("model", OTHER)
     for actions in crashes:
+        told.happen("busy" if actions % 2 else "idle", actions)
         told.step(actions)
+        told.happen("time", 1)
         told.happen("grow", actions)
         for name in list(told.cluster.pods):
             told.cluster.finish(name)
@@ -215,6 +217,20 @@ def test_a_lost_member_replaces_its_group_and_only_it(place):
     after = {n: p["metadata"]["uid"] for n, p in told.cluster.pods.items()}
     assert {name: after[name] for name in before} == before
     assert len(after) == 4 and told.cluster.routable() == 2
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_who_deletes_a_member_deletes_its_group(place):
+    """The others follow with the time of a drain, and routers send no more to the leader."""
+    told = Story(2, 1, 0)
+    told.cluster.settle(told.wanted())
+    hit, other = told.cluster.groups()
+    told.cluster.delete(hit.pods[place].name)
+    decided = told.cluster.step(told.wanted())
+    deleted = [a for a in decided.actions if isinstance(a, DeletePod)]
+    assert [(a.name, a.grace_seconds) for a in deleted] == [(hit.pods[1 - place].name, 45)]
+    draining = {e.name: e.draining for e in told.cluster.table.endpoints}
+    assert draining == {hit.name: True, other.name: False}
 
 
 def test_a_half_made_group_is_completed():
