@@ -40,6 +40,7 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
 ]
+_NEVER_REACHED = 5  # times the longest pause, between attempts to reach what never answered
 ANSWERED = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 
 
@@ -234,7 +235,9 @@ class Replica:
             if self._admissions > admissions:
                 pause = settings.first_pause
             await asyncio.sleep(pause * self._rng.uniform(0.8, 1.2))
-            pause = min(settings.longest_pause, pause * 1.5)
+            # One that was never reached may be gone for good; one that was may be back any moment.
+            longest = settings.longest_pause * (1 if self._admissions else _NEVER_REACHED)
+            pause = min(longest, pause * 1.5)
 
     async def _connection(self) -> None:
         """One connection from dialling to its end, which always raises."""
