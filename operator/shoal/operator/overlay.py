@@ -8,7 +8,6 @@ again is replaced as a whole, since a volume has one source only.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any, Final
 
 from shoal.api.names import GROUP
@@ -39,7 +38,8 @@ class OverlayError(ValueError):
 
 
 def merged(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overlay` on top; neither is changed. OverlayError where they do not fit."""
+    """`base` with `overlay` on top; neither is changed, and the result shares what it can with
+    both: treat it as frozen. OverlayError where they do not fit."""
     return _object(base, overlay, "")
 
 
@@ -70,7 +70,7 @@ def _object(base: Mapping[str, Any], overlay: Mapping[str, Any], path: str) -> d
     directive = overlay.get(DIRECTIVE)
     if directive not in (None, "replace", "merge"):
         raise OverlayError(f"{path or 'the overlay'}: {DIRECTIVE}: {directive} is not for objects")
-    result = {} if directive == "replace" else deepcopy(dict(base))
+    result = {} if directive == "replace" else dict(base)
     for key, value in overlay.items():
         if key == DIRECTIVE:
             continue
@@ -92,7 +92,7 @@ def _value(key: str, base: Any, overlay: Any, path: str) -> Any:
     if isinstance(overlay, list):
         merge_key = _MERGE_KEYS.get(key)
         if merge_key is None:
-            return deepcopy(overlay)
+            return overlay
         return _list(base or [], overlay, merge_key, path, whole=key in _REPLACED_WHOLE)
     return overlay
 
@@ -100,7 +100,7 @@ def _value(key: str, base: Any, overlay: Any, path: str) -> Any:
 def _list(
     base: Sequence[Any], overlay: Sequence[Any], merge_key: str, path: str, *, whole: bool
 ) -> list[Any]:
-    result = [deepcopy(element) for element in base]
+    result = list(base)
     for index, element in enumerate(overlay):
         where = f"{path}[{index}]"
         if not isinstance(element, Mapping):

@@ -107,11 +107,14 @@ class Leadership:
 
     async def release(self) -> None:
         """Lets the next operator lead at once; to be called when nothing is written any more."""
-        if not self.holds() or self._lease is None:
+        if not self.holds():
             return
         self._holds_until = float("-inf")
         try:
-            await self._write(self._lease, holder="", duration=1)
+            # Read anew: a renewal may have been under way when this operator was told to end.
+            lease = await self._look()
+            if lease is not None and _holder(lease) == self._identity:
+                await self._write(lease, holder="", duration=1)
         except ApiError as error:
             log.warning("the lease could not be released: %s", error)
 

@@ -100,9 +100,11 @@ class Reconciler:
         else:
             # What was refused is not any more: the status may say so.
             acted |= self._rejected.pop(key, None) is not None
-        await self._tell(where, service, observed, decided.status)
         if acted:
-            return 0.0  # what was done is seen already: there may be more to do
+            # What was done is seen already, and there may be more to do. The look that finds
+            # nothing more tells how it stands.
+            return 0.0
+        await self._tell(where, service, observed, decided.status)
         if again is None and any(pod.retiring for pod in observed.pods):
             return _DRAIN_SECONDS
         return again
