@@ -2,9 +2,10 @@
 
     python -m bench.engine [--rounds 5] [--peers shoal,shoal-torch,transformers,llama.cpp]
 
-shoal-torch is the engine without its native library. Every peer is a process that loads once; a round runs each workload on each peer in turn, so a
-drifting machine hits all alike. Ratios are taken round by round. llama.cpp takes part where
-`--llama-python` (or SHOAL_BENCH_LLAMA_PYTHON) names a Python that has llama-cpp-python.
+shoal-torch is the engine without its native library. Every peer is a process that loads once; a
+round runs each workload on each peer in turn, so a drifting machine hits all alike. Ratios are
+taken round by round. llama.cpp takes part where `--llama-python` (or
+SHOAL_BENCH_LLAMA_PYTHON) names a Python that has llama-cpp-python.
 Writes a table, a JSON file and a plot to bench/results/.
 """
 
