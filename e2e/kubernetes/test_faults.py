@@ -9,7 +9,7 @@ import pytest
 
 from e2e.cluster import platform, services
 from e2e.cluster.command import Say, wait_for
-from e2e.cluster.kube import Kube, is_ready
+from e2e.cluster.kube import Kube, Object, is_ready
 from e2e.cluster.load import Load, undisturbed
 from e2e.cluster.platform import Platform
 from e2e.cluster.report import Report
@@ -37,6 +37,10 @@ class Steady:
 
     def settled(self) -> bool:
         return services.settled(self.kube, self.namespace, NAME, 2)
+
+    def streams_of(self, router: Object) -> float:
+        """Requests that a router pod has at replicas."""
+        return self.shoal.metrics(router, 8000).get("shoal_endpoint_in_flight", 0.0)
 
     @contextmanager
     def fault(self, what: str, recovered: str, seconds: float = 240) -> Iterator[None]:
@@ -122,16 +126,20 @@ def test_a_router_is_killed(steady: Steady, own: Testbed) -> None:
     """SIGKILL of one router of two: clients ask again as they would ask any server."""
     routers = steady.kube.list("pods", platform.NAMESPACE, platform.ROUTER)
     assert len(routers) == 2
-    name = routers[0]["metadata"]["name"]
-    restarts = routers[0]["status"]["containerStatuses"][0]["restartCount"]
+    carried = {one["metadata"]["name"]: steady.streams_of(one) for one in routers}
+    router = max(routers, key=lambda one: carried[one["metadata"]["name"]])
+    name = router["metadata"]["name"]
+    restarts = router["status"]["containerStatuses"][0]["restartCount"]
+    assert carried[name], carried
 
     def back() -> bool:
         pod = steady.kube.get("pod", name, platform.NAMESPACE)
         restarted = pod["status"]["containerStatuses"][0]["restartCount"] > restarts
         return restarted and is_ready(pod)
 
-    with steady.fault("SIGKILL of one router of two", "2 routers ready"):
-        own.kill_in_pod(routers[0], "shoal.router")
+    what = f"SIGKILL of one router of two, with {carried[name]:.0f} streams"
+    with steady.fault(what, "2 routers ready"):
+        own.kill_in_pod(router, "shoal.router")
         wait_for("the router's return", 60, back)
 
 
