@@ -121,7 +121,7 @@ UNMET: tuple[Unmet, ...] = (
         "ranks of several pods without the gate",
         {"parallelism": {"tensor": 2}},
         "NotSupported",
-        "not supported yet: spec.parallelism.tensor=2",
+        "spec.parallelism.tensor=2 (the operator's feature gate MultiNode, alpha, is off)",
     ),
     _unmet(
         "stages of several pods without the gate",
@@ -139,7 +139,7 @@ UNMET: tuple[Unmet, ...] = (
         "GPUs without the gate",
         {"resources": {"gpusPerNode": 1}},
         "NotSupported",
-        "not supported yet: spec.resources.gpusPerNode=1",
+        "spec.resources.gpusPerNode=1 (the operator's feature gate GPU, alpha, is off)",
     ),
     _unmet(
         "autoscaling",

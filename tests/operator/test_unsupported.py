@@ -76,4 +76,9 @@ def test_gates_admit_what_is_behind_them(service):
     assert unsupported(two_pods, open_gates) == []
     assert unsupported(gpu, open_gates) == []
     assert unsupported(one_pod, open_gates) == ["not supported yet: spec.parallelism.tensor=2"]
-    assert unsupported(two_pods, Platform(gpus=True)) and unsupported(gpu, Platform())
+    (first, *_) = unsupported(two_pods, Platform(gpus=True))
+    assert first.endswith("tensor=2 (the operator's feature gate MultiNode, alpha, is off)")
+    assert unsupported(gpu, Platform()) == [
+        "not supported yet: spec.resources.gpusPerNode=1 "
+        "(the operator's feature gate GPU, alpha, is off)"
+    ]

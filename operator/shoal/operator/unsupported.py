@@ -50,12 +50,19 @@ def _not_yet(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
         yield f"spec.rollout.strategy={spec.rollout.strategy}"
     for path in _NOT_YET:
         yield from _differs(spec, path)
-    if not (platform.multi_node and group_size(spec) > 1):
+    many = group_size(spec) > 1
+    if not (platform.multi_node and many):
+        gate = _gate("MultiNode") if many and not platform.processes else ""
         for path in _PARALLEL:
-            yield from _differs(spec, path)
+            yield from (f"{field}{gate}" for field in _differs(spec, path))
     if not (platform.gpus and spec.resources.gpus_per_node):
+        gate = "" if platform.processes else _gate("GPU")
         for path in _GPUS:
-            yield from _differs(spec, path)
+            yield from (f"{field}{gate}" for field in _differs(spec, path))
+
+
+def _gate(name: str) -> str:
+    return f" (the operator's feature gate {name}, alpha, is off)"
 
 
 def _pods_only(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
