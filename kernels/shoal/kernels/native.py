@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ class _Batch(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("ids", "positions", "owner", "first", "count", "start", "tables"),
-                *("wanted", "turns"),
+                *("wanted", "turns", "seconds"),
             )
         ),
     )
@@ -215,12 +216,28 @@ class Program:
         """From here on only the rows that `run` is asked for are computed."""
         self._add(_Op(_Code.TAKE))
 
-    def run(self, team: Team, batch: FlatBatch, wanted: Ints, buffers: Sequence[Tensor]) -> None:
+    @property
+    def operations(self) -> list[str]:
+        """A name for each operation: what it does, and to which buffer."""
+        return [
+            f"{_Code(op.code).name.lower()}"
+            + (f" {Buffer(op.target).name.lower()}" if op.code == _Code.LINEAR else "")
+            for op in self._ops
+        ]
+
+    def run(
+        self,
+        team: Team,
+        batch: FlatBatch,
+        wanted: Ints,
+        buffers: Sequence[Tensor],
+        seconds: npt.NDArray[np.float64] | None = None,
+    ) -> None:
         """Replays the program.
 
         batch: what EMBED, ROPE_STORE and ATTEND work on; of a program without them only the
         number of tokens counts. wanted: flat rows that `take` keeps. buffers: by `Buffer`, each
-        with room for the step's rows.
+        with room for the step's rows. seconds [operations]: what each takes is added to it.
         """
         if self._recorded is None:
             self._recorded = (_Op * len(self._ops))(*self._ops)
@@ -235,6 +252,7 @@ class Program:
             *(len(batch.ids), len(batch.count), len(wanted), arrays[6].shape[1]),
             *(array.ctypes.data for array in arrays),
             self._turns.data_ptr(),
+            None if seconds is None else seconds.ctypes.data,
         )
         pointers = (ctypes.c_void_p * len(Buffer))(*(buffer.data_ptr() for buffer in buffers))
         _library().shoal_run(

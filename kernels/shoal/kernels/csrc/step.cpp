@@ -3,6 +3,7 @@
 // Members of the team run the operations together, with a barrier after each. See
 // shoal.kernels.native for the layout of the structures and for the oracles.
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -43,9 +44,12 @@ struct Batch {
   const std::int64_t* tables;     // [sequences, table_stride]
   const std::int64_t* wanted;     // [rows] flat rows that kTake keeps
   const float* turns;             // [positions, rotary] cosine and sine by turns
+  double* seconds;                // [operations] time spent is added to, or null
 };
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
 
 struct Tile {
   std::int64_t sequence, query;  // first query within the sequence's tokens
@@ -226,6 +230,8 @@ void shoal_run(void* team, const shoal::Op* ops, std::int64_t count, const shoal
     std::int64_t rows = batch->tokens;
     for (std::int64_t at = 0; at < count; ++at) {
       const Op& op = ops[at];
+      const bool timed = batch->seconds && member == 0;
+      const auto began = timed ? Clock::now() : Clock::time_point();
       const Share share(rows, member, members.size());
       switch (static_cast<Code>(op.code)) {
         case Code::kEmbed:
@@ -251,6 +257,7 @@ void shoal_run(void* team, const shoal::Op* ops, std::int64_t count, const shoal
           break;
       }
       members.barrier();
+      if (timed) batch->seconds[at] += std::chrono::duration<double>(Clock::now() - began).count();
     }
   });
 }
