@@ -131,6 +131,19 @@ def test_a_file_of_another_namespace_than_asked_for(cluster: Cluster) -> None:
     assert "/namespaces/theirs/" in made
 
 
+def test_a_files_namespace_counts_for_every_command(cluster: Cluster) -> None:
+    """apply -o json and delete -f mean the file's service, not its namesake in the context's
+    namespace."""
+    cluster.server.service("chat", "team")
+    path = cluster.write(namespace="theirs")
+    made = json.loads(cluster.shoal("apply", "-f", path, "-o", "json").stdout)
+    assert made["metadata"]["namespace"] == "theirs"
+    done = cluster.shoal("delete", "-f", path)
+    assert (done.exit_code, done.stdout) == (0, f'{PREFIX} "theirs/chat" deleted\n')
+    (left,) = cluster.server.objects
+    assert "/namespaces/team/" in left
+
+
 def test_scale_delete_and_wait_of_nothing(cluster: Cluster) -> None:
     """An unknown name is answered with those that exist, and where was looked."""
     cluster.server.service()

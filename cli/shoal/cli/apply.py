@@ -19,7 +19,7 @@ def command(filenames: tuple[str, ...], output: str | None, backend: Backend) ->
     checked before any is applied, so a mistake in one changes nothing.
     """
     services = backend.load(filenames)
-    results = [(service.metadata.name, backend.apply(service)) for service in services]
+    results = [(backend.key(service), backend.apply(service)) for service in services]
     if output in ("json", "yaml"):
         documents = [document for name, _ in results for document in backend.services(name)]
         data = documents[0] if len(documents) == 1 else as_list(documents)

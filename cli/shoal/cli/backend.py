@@ -79,6 +79,11 @@ class Backend(Protocol):
         """The services of YAML files, in order; all are checked before one is returned."""
         ...
 
+    def key(self, service: "InferenceService") -> str:
+        """The name by which the other methods find a service of a file: `namespace/name` where
+        it is of another namespace than the one looked at."""
+        ...
+
     def apply(self, service: "InferenceService") -> ApplyResult:
         """Makes it the desired state of its name. `replicas` left out keeps the number in force."""
         ...

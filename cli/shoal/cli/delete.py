@@ -57,7 +57,7 @@ def _wanted(
     if everything:
         return _names(backend)
     if filenames:
-        return [service.metadata.name for service in backend.load(filenames)]
+        return [backend.key(service) for service in backend.load(filenames)]
     return [name.rpartition("/")[2] for name in dict.fromkeys(names)]
 
 

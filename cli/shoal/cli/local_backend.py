@@ -51,6 +51,9 @@ class LocalBackend:
 
         return load(filenames)
 
+    def key(self, service: "InferenceService") -> str:
+        return service.name
+
     def apply(self, service: "InferenceService") -> ApplyResult:
         return self.store.apply(service)
 

@@ -95,7 +95,10 @@ class KubeRoutes:
                     pause = _FIRST_RETRY_SECONDS
                     problems.over()
                     while True:
+                        began = self._clock()
                         version = await self._watch(session, scope, version)
+                        if self._clock() - began < RETRY_SECONDS:
+                            await asyncio.sleep(RETRY_SECONDS)  # cut off: by a proxy, perhaps
             except WatchOver as over:
                 log.info("route tables are listed again: %s", over)
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:

@@ -85,10 +85,14 @@ class KubeBackend:
 
         return load(filenames, one_namespace=False)
 
+    def key(self, service: "InferenceService") -> str:
+        namespace = self._namespace_of(service)
+        return service.name if namespace == self._namespace else f"{namespace}/{service.name}"
+
     def apply(self, service: "InferenceService") -> ApplyResult:
         self._check_definition()
         namespace = self._namespace_of(service)
-        path = self._service(service.name, namespace)
+        path = self._service(self.key(service))
         current = self._client.find(path)
         document = _written(service, namespace)
         if (
@@ -197,8 +201,13 @@ class KubeBackend:
             ) from refused
 
     def _live_pods(self, service: str | None) -> list[dict[str, Any]]:
-        selector = _PODS if service is None else f"{_PODS},{LABEL_SERVICE}={service}"
-        return self._listed_pods(self._scoped("/api/v1", "pods"), selector)
+        if service is None:
+            return self._listed_pods(self._scoped("/api/v1", "pods"), _PODS)
+        namespace, name = self._split(service)
+        selector = f"{_PODS},{LABEL_SERVICE}={name}"
+        if self.namespaced:
+            return self._listed_pods("/api/v1/pods", selector)
+        return self._listed_pods(f"/api/v1/namespaces/{namespace}/pods", selector)
 
     def _routers(self) -> list[dict[str, Any]]:
         """Router pods, wherever they are; where that may not be asked, in their usual place."""
@@ -223,9 +232,14 @@ class KubeBackend:
             return f"{group}/{plural}"
         return f"{group}/namespaces/{self._namespace}/{plural}"
 
-    def _service(self, name: str, namespace: str | None = None) -> str:
-        scope = namespace or self._namespace
-        return f"/apis/{GROUP}/{VERSION}/namespaces/{scope}/{PLURAL}/{name}"
+    def _service(self, key: str) -> str:
+        namespace, name = self._split(key)
+        return f"/apis/{GROUP}/{VERSION}/namespaces/{namespace}/{PLURAL}/{name}"
+
+    def _split(self, key: str) -> tuple[str, str]:
+        """Namespace and name of `name` or `namespace/name`."""
+        namespace, _, name = key.rpartition("/")
+        return namespace or self._namespace, name
 
     def _namespace_of(self, service: "InferenceService") -> str:
         if "namespace" not in service.metadata.model_fields_set:
