@@ -29,6 +29,8 @@ def test_pod_defaults_are_read_and_written():
         ({"imagePullPolicy": "Sometimes"}, "'Sometimes' is none of Always, IfNotPresent, Never"),
         ({"imagePullSecrets": ["regcred"]}, "imagePullSecrets is not right"),
         ({"podOverlay": "spec"}, "podOverlay is not right: expected a partial pod template"),
+        ({"podOverlay": {"spec": None}}, "podOverlay is not right: spec (must be an object)"),
+        ({"podOverlay": {"spec": {"hostname": "x"}}}, "spec.hostname (Shoal sets it)"),
     ],
 )
 def test_bad_defaults_are_named(document, words):

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from shoal.api.types import ConditionType, parse_document
+from shoal.api.types import ConditionType, InvalidManifest, parse_document
 from shoal.operator.observe import Observed
 from shoal.operator.plan import CreatePod, plan
 from shoal.operator.platform import Platform, PodDefaults
@@ -48,3 +50,31 @@ def test_bad_pod_defaults_are_named_as_the_operators(service):
     decided = plan(make_service(), Observed(), 0.0, Platform(pods=PodDefaults(pod_overlay=overlay)))
     said = condition(decided, "Degraded")
     assert said.message.startswith("the operator's pod defaults: podOverlay: spec.containers[0]")
+
+
+_keys = st.sampled_from(
+    (
+        *("metadata", "spec", "labels", "containers", "initContainers", "env", "name", "volumes"),
+        *("volumeMounts", "mountPath", "$patch", "value", "serving.shoal.dev/x", "tolerations"),
+    )
+)
+_leaves = st.none() | st.integers() | st.sampled_from(["worker", "fetch", "delete", "replace", ""])
+_values = st.recursive(
+    _leaves, lambda below: st.lists(below, max_size=2) | st.dictionaries(_keys, below, max_size=3)
+)
+
+
+@settings(suppress_health_check=list(HealthCheck), deadline=None, max_examples=300)
+@given(overlay=st.dictionaries(_keys, _values, max_size=2), spec=_values)
+def test_no_overlay_breaks_the_planner(overlay, spec):
+    """Whatever is written there: pods are made, or a condition says why not."""
+    for written in (overlay, {"spec": spec}, {"spec": {"containers": spec}}):
+        document = {**BEFORE_ANY_POD[0].document, "spec": {"model": {"uri": "py://a"}}}
+        document["spec"]["podOverlay"] = written
+        try:
+            service = parse_document(document)
+        except InvalidManifest:
+            continue
+        decided = plan(service, Observed(), 0.0)
+        refused = condition(decided, "Degraded").reason == "InvalidOverlay"
+        assert refused != any(isinstance(action, CreatePod) for action in decided.actions)

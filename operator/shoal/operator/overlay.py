@@ -48,9 +48,9 @@ def overlay_problems(overlay: Mapping[str, Any]) -> Iterator[str]:
     for key in overlay:
         if key not in ("metadata", "spec"):
             yield f"{key} (a pod template has metadata and spec)"
-    metadata, spec = overlay.get("metadata"), overlay.get("spec")
+    metadata, spec = overlay.get("metadata", {}), overlay.get("spec", {})
     for name, part in (("metadata", metadata), ("spec", spec)):
-        if part is not None and not isinstance(part, Mapping):
+        if not isinstance(part, Mapping):
             yield f"{name} (must be an object)"
     if isinstance(metadata, Mapping):
         for key in metadata:

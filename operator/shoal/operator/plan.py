@@ -183,7 +183,10 @@ def refusals_of(
     """Why the spec cannot be acted on; () where it can."""
     return (
         *(Refusal("NotSupported", sentence) for sentence in unsupported(service.spec, platform)),
-        *(Refusal("InvalidOverlay", sentence) for sentence in _overlay_faults(service, platform)),
+        *(
+            Refusal("InvalidOverlay", sentence)
+            for sentence in _overlay_faults(service, observed, platform)
+        ),
         *(
             Refusal(
                 "ModelIdTaken",
@@ -195,10 +198,13 @@ def refusals_of(
     )
 
 
-def _overlay_faults(service: InferenceService, platform: Platform) -> list[str]:
+def _overlay_faults(service: InferenceService, observed: Observed, platform: Platform) -> list[str]:
     """What is wrong with the overlays that pods of the spec would have."""
     if platform.processes or not (service.spec.pod_overlay or platform.pods.pod_overlay):
         return []
+    wanted = revision_of(service.spec, platform.pods)
+    if any(revision.name == wanted for revision in observed.revisions):
+        return []  # it was saved because its pods could be made
     faults = [f"spec.podOverlay.{fault}" for fault in overlay_problems(service.spec.pod_overlay)]
     if not faults:
         try:

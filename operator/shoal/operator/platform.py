@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from shoal.api.types import InferenceService
+from shoal.operator.overlay import overlay_problems
 
 DEFAULT_IMAGE: Final = "shoal-worker"
 _PULL_POLICIES: Final = ("Always", "IfNotPresent", "Never")
@@ -101,6 +102,8 @@ def _names(value: object) -> tuple[str, ...]:
 def _overlay(value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"expected a partial pod template, got {value!r}")
+    if problems := list(overlay_problems(value)):
+        raise ValueError("; ".join(problems))
     return value
 
 
