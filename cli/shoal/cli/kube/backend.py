@@ -157,20 +157,25 @@ class KubeBackend:
             return logs.follow(self._client, look, tail)
         return logs.read(self._client, pods, tail)
 
-    def loads(self) -> list["RouterLoad"]:
+    def loads(self) -> tuple[list["RouterLoad"], list[str]]:
         from shoal.cli.load import ask_router
 
-        loads = []
+        loads, silent = [], []
         for pod in self._routers():
             metadata = pod["metadata"]
-            if pod_view(pod).status == "Running":
+            if pod_view(pod).status != "Running":
+                continue  # not ready: it serves nobody
+            try:
                 with forwarded(
                     self._client, metadata["namespace"], metadata["name"], PORT_ROUTER_GRPC
                 ) as address:
                     loads.append(ask_router(address, _LOAD_SECONDS))
+            except CliError as error:
+                silent.append(f"{metadata['name']} is left out: {error.message}")
         if not loads:
-            raise CliError(f"no router is ready in context {self._client.context}")
-        return loads
+            nobody = f"no router is ready in context {self._client.context}"
+            raise CliError("\n".join(silent) or nobody)
+        return loads, silent
 
     def service_name(self, key: str) -> str | None:
         namespace, _, name = key.partition("/")

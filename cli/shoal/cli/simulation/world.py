@@ -101,13 +101,13 @@ class Simulation:
         self._last_activity = 0.0
         self._ttft = Histogram()
         self._history = TtftHistory()
-        self._memory = Memory()
         self._recent: list[float] = []
         self._outcome = Outcome()
         self._wanted = spec.replicas
         if spec.autoscaling:
             bounds = spec.autoscaling
             self._wanted = min(max(spec.replicas, bounds.min_replicas), bounds.max_replicas)
+        self._memory = Memory.began(self._wanted, (), 0.0)
         for _ in range(self._wanted):
             self._create(0.0, 0.0)
 
