@@ -27,12 +27,14 @@ class RouterClient:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
-    async def views(self, within: float) -> dict[str, RouterView] | None:
-        """By service, what the router acts on; None where it does not answer."""
+    async def views(self, within: float, service: str = "") -> dict[str, RouterView] | None:
+        """By service, what the router acts on, of one alone where it is named; None where it does
+        not answer."""
+        request = router_pb2.GetLoadRequest(service=service)
         try:
-            load = await self._stub.GetLoad(router_pb2.GetLoadRequest(), timeout=within)
-        except grpc.aio.AioRpcError:
-            return None
+            load = await self._stub.GetLoad(request, timeout=within)
+        except grpc.aio.AioRpcError as error:
+            return {} if error.code() is grpc.StatusCode.NOT_FOUND else None
         return {service.service: _view(service) for service in load.services}
 
     async def close(self) -> None:

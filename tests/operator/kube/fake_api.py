@@ -130,6 +130,22 @@ class FakeApi:
         self._more.set()
         self._more = asyncio.Event()
 
+    async def stream(self) -> AsyncIterator[tuple[Kind, str, Json]]:
+        """Everything that is there, then what happens, for ever; a copy each."""
+        at = len(self._history)
+        for kind, found in self.objects.items():
+            if kind in (*WATCHED, NODES):
+                for live in list(found.values()):
+                    yield kind, "ADDED", copy.deepcopy(live)
+        while True:
+            more = self._more
+            while at < len(self._history):
+                _, kind, what, live = self._history[at]
+                at += 1
+                if kind in (*WATCHED, NODES):
+                    yield kind, what, copy.deepcopy(live)
+            await more.wait()
+
     # What follows answers requests.
 
     async def handle(self, request: web.Request) -> web.StreamResponse:

@@ -93,7 +93,8 @@ def test_a_list_shows_what_was_missed() -> None:
     for name, version in (("gone", 3), ("made-after", 20), ("old", 4)):
         pods.put(pod(name, version))
     listed = {Key("default", "old"): 9, Key("default", "new"): 8}
-    assert [p["metadata"]["name"] for p in pods.missing_from(listed, 10)] == ["gone"]
+    assert [key.name for key in pods.missing_from(listed, 10, None)] == ["gone"]
+    assert pods.missing_from(listed, 10, "elsewhere") == []
     assert sorted(key.name for key in pods.outdated_by(listed)) == ["new", "old"]
 
 

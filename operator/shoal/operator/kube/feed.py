@@ -9,7 +9,7 @@ from typing import Any
 
 from shoal.operator.kube.book import ServiceBook
 from shoal.operator.kube.kinds import DISRUPTION_BUDGETS, INFERENCE_SERVICES, PODS, Kind
-from shoal.operator.kube.world import World
+from shoal.operator.kube.world import Key, World
 
 Json = Mapping[str, Any]
 
@@ -35,6 +35,13 @@ class Feed:
     def lost(self, kind: Kind, gone: Json) -> None:
         """A watch or a list shows that an object is gone, as of its resource version."""
         service = self._world[kind].drop(gone)
+        if service is not None:
+            self._read(kind, service)
+            self._wake(service)
+
+    def lost_key(self, kind: Kind, key: Key, version: int) -> None:
+        """As `lost`, where only the name is known."""
+        service = self._world[kind].drop_key(key, version)
         if service is not None:
             self._read(kind, service)
             self._wake(service)

@@ -96,6 +96,7 @@ class _Operator:
             connect=RouterClient,
             clock=time.monotonic,
             changed=self._wake,
+            all_changed=self._wake_all,
         )
         reconciler = Reconciler(
             self._world,
@@ -226,8 +227,7 @@ class _Operator:
             with suppress(TimeoutError):
                 await asyncio.wait_for(asked.wait(), _ROUTERS_SECONDS)
             self._works = True
-            for key in self._book:
-                self._workers.add(key)
+            self._wake_all()
             took = time.monotonic() - began
             count = len(self._world[INFERENCE_SERVICES])
             log.info("working on %d services after %.1f s", count, took)
@@ -247,6 +247,10 @@ class _Operator:
     def _wake(self, key: str) -> None:
         if self._works:
             self._workers.add(key)
+
+    def _wake_all(self) -> None:
+        for key in self._book:
+            self._wake(key)
 
     def _note_list(self) -> None:
         """A watch began anew: what was deleted meanwhile shows in a list of ours alone."""

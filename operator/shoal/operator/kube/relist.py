@@ -73,11 +73,9 @@ class Relister:
             for item in items:
                 meta = item["metadata"]
                 listed[Key(meta["namespace"], meta["name"])] = version_of(item)
-        for live in objects.missing_from(listed, version):
-            if scope is None or live["metadata"]["namespace"] == scope:
-                log.info("%s %s is gone unseen", objects.kind.kind, live["metadata"]["name"])
-                gone = {"metadata": {**live["metadata"], "resourceVersion": str(version)}}
-                self._feed.lost(objects.kind, gone)
+        for key in objects.missing_from(listed, version, scope):
+            log.info("%s %s is gone unseen", objects.kind.kind, key)
+            self._feed.lost_key(objects.kind, key, version)
         outdated = objects.outdated_by(listed)
         if len(outdated) > _ONE_BY_ONE:
             await self._read_all(objects, scope)
