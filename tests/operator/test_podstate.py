@@ -193,6 +193,33 @@ def test_the_scheduler_is_quoted_with_the_field_that_decides(said, field):
     assert said.rstrip(".") in seen.message and field in seen.message
 
 
+def test_a_pod_that_is_deleted_has_not_failed():
+    """Its containers end because somebody wants it: no trouble, whatever phase that leaves."""
+    for phase in ("Succeeded", "Failed", "Running"):
+        live = pod(phase=phase)
+        live["metadata"]["deletionTimestamp"] = "2026-01-02T03:05:05Z"
+        seen = observed_pod(live, UP)
+        assert (seen.reason, seen.deleting) == ("Terminating", True)
+        assert seen.lost is (phase != "Running"), "one that has ended takes up no room"
+        assert observed_pod(live, {"node-a": False}).lost, "nothing ends it on a dead node"
+
+
+def test_a_crash_loop_is_one_also_between_its_crashes():
+    """The reason does not come and go with every restart."""
+    restarted = {**RUNNING, "started": False, "ready": False, "lastState": {"terminated": DIED}}
+    once = observed_pod(pod(containers=[{**restarted, "restartCount": 1}]), UP)
+    often = observed_pod(pod(containers=[{**restarted, "restartCount": 2}]), UP)
+    assert (once.reason, often.reason) == ("Restarted", "CrashLoopBackOff")
+    fetch = {
+        "name": "fetch",
+        "state": {"running": {}},
+        "lastState": {"terminated": {"exitCode": 1, "message": "no such host"}},
+        "restartCount": 5,
+    }
+    assert observed_pod(pod(init=[fetch]), UP).reason == "FetchFailed"
+    assert observed_pod(pod(init=[fetch]), UP, "12%").reason == "FetchingModel"
+
+
 def test_a_pod_on_a_dead_node_is_lost_however_ready_it_says_it_is():
     """Its last report was made before the node went silent."""
     seen = observed_pod(ready_pod(), {"node-a": False})

@@ -40,6 +40,7 @@ _SCHEDULER_HINTS: Final = (
     (r"topology spread", "spec.podOverlay.spec.topologySpreadConstraints"),
 )
 _PERCENT_STEP: Final = 5
+_MANY_RESTARTS: Final = 2
 _LONGEST_WORDS: Final = 500  # characters of somebody else's words in a message
 
 
@@ -90,8 +91,7 @@ def fetching(pod: Mapping[str, Any]) -> str | None:
 
 def _trouble(pod: Mapping[str, Any], gone_node: bool, progress: str) -> tuple[str, str]:
     """(reason, message) of a pod that is not ready; the most telling one."""
-    status = pod.get("status", {})
-    if status.get("phase") in _ENDED_PHASES:
+    if _ended_by_itself(pod):
         return _ended(pod)
     if gone_node:
         node = pod["spec"]["nodeName"]
@@ -105,6 +105,12 @@ def _trouble(pod: Mapping[str, Any], gone_node: bool, progress: str) -> tuple[st
         if told := _container_trouble(container, state, progress):
             return told
     return "Starting", ""
+
+
+def _ended_by_itself(pod: Mapping[str, Any]) -> bool:
+    """Whether it ended for good; where somebody deletes it, that is what was wanted."""
+    deleted = pod["metadata"].get("deletionTimestamp") is not None
+    return not deleted and pod.get("status", {}).get("phase") in _ENDED_PHASES
 
 
 def _ended(pod: Mapping[str, Any]) -> tuple[str, str]:
@@ -131,11 +137,11 @@ def _container_trouble(
     """What one container says of why its pod is not ready; None: it is not the cause."""
     state, name = status.get("state", {}), container["name"]
     init = "init" in container
-    before = status.get("lastState", {}).get("terminated")
+    before, restarts = status.get("lastState", {}).get("terminated"), status.get("restartCount", 0)
     if (now := state.get("terminated")) is not None:
         if init and now.get("exitCode") == 0:
             return None
-        return _termination(container, now, "starts again")
+        return _termination(container, now, "starts again", restarts)
     if (waiting := state.get("waiting")) is not None:
         reason, said = waiting.get("reason") or "Waiting", _words(waiting.get("message"))
         if reason in _IMAGE_REASONS:
@@ -144,21 +150,22 @@ def _container_trouble(
                 f"{said or reason}; check its name, and imagePullSecrets in the pod defaults"
             )
         if reason == "CrashLoopBackOff" and before is not None:
-            kind, message = _termination(container, before, "starts again after a pause")
-            return ("CrashLoopBackOff" if kind == "Restarted" else kind), message
+            return _termination(container, before, "starts again after a pause", _MANY_RESTARTS)
         if reason in ("PodInitializing", "ContainerCreating"):
             return (reason, f"container {name} is being created") if not init else None
         return _word(reason), f"container {name}: {said or reason}"
     if init:
+        percent = _percent(progress)
+        if before is not None and restarts >= _MANY_RESTARTS and percent is None:
+            return _termination(container, before, "has started again", restarts)
         if name == FETCH_CONTAINER:
-            percent = _percent(progress)
             so_far = f", {percent} % so far" if percent is not None else ""
             return "FetchingModel", f"container {name} downloads the model{so_far}"
         return "Initializing", f"container {name} runs"
     if status.get("ready"):
         return None
     if before is not None and not status.get("started"):
-        return _termination(container, before, "has started again")
+        return _termination(container, before, "has started again", restarts)
     if status.get("started"):
         return "Unhealthy", f"container {name} runs but its readiness probe fails"
     return "Starting", f"container {name} loads the model" if name == WORKER_CONTAINER else (
@@ -167,8 +174,10 @@ def _container_trouble(
 
 
 def _termination(
-    container: Mapping[str, Any], terminated: Mapping[str, Any], next_step: str
+    container: Mapping[str, Any], terminated: Mapping[str, Any], next_step: str, restarts: int
 ) -> tuple[str, str]:
+    """Why a container ended. One that does so again and again has that reason also while it
+    starts anew: it would come and go otherwise."""
     name, code = container["name"], terminated.get("exitCode")
     if terminated.get("reason") == "OOMKilled":
         limit = container.get("resources", {}).get("limits", {}).get("memory")
@@ -186,7 +195,7 @@ def _termination(
     message = f"container {name} {ended}{f': {said}' if said else ''}; it {next_step}"
     if name == FETCH_CONTAINER:
         return "FetchFailed", message
-    return "Restarted", message
+    return "CrashLoopBackOff" if restarts >= _MANY_RESTARTS else "Restarted", message
 
 
 def _containers(pod: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], Mapping[str, Any]]]:
