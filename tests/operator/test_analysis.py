@@ -1,6 +1,5 @@
 """The canary analysis: its test's guarantees, its rates by seeded simulation, its counting."""
 
-import json
 import math
 
 import numpy as np
@@ -41,7 +40,7 @@ def test_a_look_expects_no_evidence_where_the_canary_is_no_worse(
     assert mean <= 1 + 1e-9
 
 
-@given(st.integers(1, 12), shares, st.floats(0.001, 1), odds)
+@given(st.integers(1, 12), shares, st.floats(0.001, 0.999), odds)
 def test_a_canary_alone_is_held_to_its_limit(requests, share, limit, ratio):
     """Without a stable revision, a share of failures up to the limit is no evidence on average."""
     mean = sum(
@@ -187,20 +186,6 @@ def test_alone_only_errors_are_judged():
         analysis = found.analysis
         verdicts.append(found.verdict)
     assert verdicts == [Verdict.FAILING, Verdict.FAILING, Verdict.FAILED]
-
-
-def test_evidence_survives_a_restart():
-    """A document of plain JSON brings back what has been proven and how often looks failed."""
-    canary = Canary(np.random.default_rng(17), slower=2.0)
-    while canary.analysis.ttft.log < PROOF:
-        canary.step()
-    restored = Analysis.from_document(json.loads(json.dumps(canary.analysis.to_document())))
-    assert restored.ttft.log == pytest.approx(canary.analysis.ttft.log, abs=0.01)
-    assert restored.failed_looks == canary.analysis.failed_looks
-    canary.analysis = restored
-    assert canary.run(500) is Verdict.FAILED
-    with pytest.raises(ValueError, match="no record of an analysis"):
-        Analysis.from_document({"requests": 1})
 
 
 def answer(**revisions):

@@ -1,6 +1,6 @@
 """The autoscaler's decision: bounds, silence, panic, scale to zero, restarts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,17 +43,19 @@ class Service:
     scaling: Scaling
     wanted: int = 1
     now: float = 1000.0
-    memory: Memory = field(default_factory=Memory)
+    memory: Memory | None = None
     reason: str = ""
 
     def look(self, found, *, ready=None, passes=2.0):
+        self.memory = self.memory or Memory.began(self.wanted, (), self.now)
         decision = decide(self.scaling, replicas(self.wanted, ready), found, self.memory, self.now)
         self.now += passes
         self.wanted, self.memory, self.reason = decision.wanted, decision.memory, decision.reason
         return self.wanted
 
     def restart(self):
-        self.memory = Memory.rebuilt(self.memory.to_document(), self.wanted, self.now)
+        changes = self.memory.changes if self.memory else ()
+        self.memory = Memory.began(self.wanted, changes, self.now)
 
 
 def test_a_queue_step_is_acted_on_at_the_first_look():

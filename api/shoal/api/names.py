@@ -28,6 +28,8 @@ APP: Final = "shoal"  # value of LABEL_NAME
 
 # Unix seconds from which `drainSeconds` count; on pods that are on their way out.
 ANNOTATION_DRAIN_STARTED: Final = f"{GROUP}/drain-started"
+# `<revision>:<step>` on a service: the last step of a canary that a person lets pass.
+ANNOTATION_PROMOTE: Final = f"{GROUP}/promote"
 ROUTES_KEY: Final = "routes.json"  # of a routes ConfigMap's data
 
 ROLE_LEADER: Final = "leader"

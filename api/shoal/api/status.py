@@ -48,15 +48,52 @@ class Condition(ApiModel):
     )
 
 
+class CanaryEvidence(ApiModel):
+    """What the analysis of a canary has found so far; what it needs after a restart."""
+
+    requests: int = Field(ge=0, description="Requests of the new revision so far.")
+    failures: int = Field(ge=0, description="Of these, failed.")
+    failed_looks: int = Field(ge=0, description="Looks in a row that failed.")
+    errors: tuple[float, ...] = Field(
+        max_length=64, description="Evidence of more errors, as logarithms of likelihood ratios."
+    )
+    errors_alone: tuple[float, ...] = Field(
+        max_length=64, description="The same against maxErrorRate, without a stable revision."
+    )
+    ttft: tuple[float, ...] = Field(
+        max_length=64, description="The same of a longer time to the first token."
+    )
+    itl: tuple[float, ...] = Field(
+        max_length=64, description="The same of a longer time between tokens."
+    )
+
+
 class CanaryStatus(ApiModel):
     """Where a canary stands."""
 
     revision: str = Field(description="Revision on trial.")
+    stable: str = Field(default="", description="Revision that serves the other requests.")
     weight: int = Field(ge=0, le=100, description="Percent of new requests it gets.")
     step: int = Field(ge=0, description="Index of the current step, from 0.")
+    step_time: AwareDatetime | None = Field(
+        default=None, description="When the step's weight came into force at every router."
+    )
+    aborted_time: AwareDatetime | None = Field(
+        default=None, description="When the revision was given up."
+    )
     last_analysis: str | None = Field(
         default=None, description="Outcome of the last look, as a sentence."
     )
+    evidence: CanaryEvidence | None = Field(
+        default=None, description="What the analysis has found so far."
+    )
+
+
+class ScaleChange(ApiModel):
+    """The number of replicas that are wanted has changed."""
+
+    time: AwareDatetime = Field(description="When.")
+    by: int = Field(description="Replicas more, or fewer where below zero.")
 
 
 class AutoscalingStatus(ApiModel):
@@ -67,6 +104,11 @@ class AutoscalingStatus(ApiModel):
         default=None, description="When the number of replicas last changed."
     )
     reason: str = Field(default="", description="Which metric or bound decided.")
+    changes: tuple[ScaleChange, ...] = Field(
+        default=(),
+        max_length=32,
+        description="The last changes, oldest first, which limits of speed count.",
+    )
 
 
 class InferenceServiceStatus(ApiModel):

@@ -15,11 +15,10 @@ much as its requests. At weight 100 nothing is left to compare with: times are t
 errors are tested against maxErrorRate itself.
 """  # noqa: E501
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import log
-from typing import Any, Final
+from typing import Final
 
 from shoal.api.scaling import CanaryAnalysis
 from shoal.operator.analysis_counts import Counts
@@ -69,8 +68,8 @@ def _latency_evidence() -> Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What is known of a canary. `to_document` is what must survive a restart: the evidence.
-    Figures and thresholds are seen anew."""
+    """What is known of a canary. Evidence, requests and failed looks must survive a restart;
+    figures and thresholds are seen anew."""
 
     requests: int = 0  # of the new revision, and of these failed
     failures: int = 0
@@ -83,34 +82,6 @@ class Analysis:
     stable_failures: int = 0
     ttft_seen: Seen = field(default_factory=Seen)
     itl_seen: Seen = field(default_factory=Seen)
-
-    def to_document(self) -> dict[str, Any]:
-        return {
-            "requests": self.requests,
-            "failures": self.failures,
-            "failedLooks": self.failed_looks,
-            "errors": [round(value, 3) for value in self.errors.logs],
-            "errorsAlone": [round(value, 3) for value in self.errors_alone],
-            "ttft": [round(value, 3) for value in self.ttft.logs],
-            "itl": [round(value, 3) for value in self.itl.logs],
-        }
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> "Analysis":
-        """Reads what `to_document` made; ValueError for anything else."""
-        fresh = cls()
-        try:
-            return cls(
-                requests=int(document["requests"]),
-                failures=int(document["failures"]),
-                failed_looks=int(document["failedLooks"]),
-                errors=_restored(fresh.errors, document["errors"]),
-                errors_alone=_restored(fresh.errors, document["errorsAlone"]).logs,
-                ttft=_restored(fresh.ttft, document["ttft"]),
-                itl=_restored(fresh.itl, document["itl"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"no record of an analysis: {document!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +185,3 @@ def _times(
         )
         rates.append((seen.stable.above(bucket) + 0.5) / (known + 1))
     return evidence.after(looks, rates, SLOWER, weight)
-
-
-def _restored(fresh: Evidence, logs: Any) -> Evidence:
-    values = tuple(float(value) for value in logs)
-    if len(values) != len(fresh.logs):
-        raise ValueError(f"{len(values)} values instead of {len(fresh.logs)}")
-    return replace(fresh, logs=values)

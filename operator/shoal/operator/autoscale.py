@@ -12,7 +12,7 @@ The algorithm is that of Kubernetes' HorizontalPodAutoscaler v2. Each metric ask
 | a metric that is silent in part counts what it has | a silent router forbids scaling down | see autoscale_load |
 | windows apply always | a panic overrides the window for scaling up, and forbids scaling down | a step of ten times is no noise |
 | from zero to zero only by an external metric (alpha gate) | to zero after `idleSeconds`, at once; from zero at the first queued request | scale to zero is a contract of its own |
-| memory is lost at a restart | `Memory.to_document` keeps the changes that policies count | limits hold over restarts |
+| memory is lost at a restart | changes can be written down (`Memory.began`) | limits hold over restarts |
 
 Panic is Knative's (serving, pkg/autoscaler/scaling/autoscaler.go: panicTime, maxPanicPods): where
 the average wish of the last 6 s is twice the ready replicas or more, there is no scaling down
@@ -103,11 +103,9 @@ def decide(
     """The number of replicas to want from now on. `now` in Unix seconds.
 
     Call it about every two seconds, with `memory` of the decision before, or with
-    `Memory.rebuilt` after a restart. `load` None: no router answers.
+    `Memory.began` after a restart. `load` None: no router answers.
     """
     spec, wanted, look = scaling.spec, replicas.wanted, _Look(scaling, replicas, now)
-    if not memory.wishes:
-        memory = look.wished(memory, wanted)
     if not scaling.enabled and spec.min_replicas:
         return look.settled(0, "ScalingDisabled", "spec.replicas is 0", memory, active=False)
     if wanted > spec.max_replicas:

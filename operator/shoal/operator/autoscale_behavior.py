@@ -14,7 +14,6 @@ decides for the same wishes is the same (tests replay its decisions); the memory
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
 
 from shoal.api.scaling import (
     PolicyType,
@@ -45,9 +44,9 @@ class Change:
 class Memory:
     """What one decision leaves to the next. Times are Unix seconds.
 
-    Only `changes` and `alarmed` are worth writing down: after a restart `rebuilt` puts the
-    present number in the place of the wishes, so nothing shrinks before a full window has been
-    seen, as Kubernetes does with its initial recommendation.
+    Only `changes` are worth writing down: after a restart `began` puts the present number in the
+    place of the wishes, so nothing shrinks before a full window has been seen, as Kubernetes does
+    with its initial recommendation.
     """
 
     wishes: tuple[Wish, ...] = ()  # oldest first; see `remember`
@@ -55,23 +54,10 @@ class Memory:
     recent: tuple[Wish, ...] = ()  # of the panic window
     alarmed: float | None = None  # when the panic threshold was last crossed, while panic lasts
 
-    def to_document(self) -> dict[str, Any]:
-        """What has to survive a restart, as plain JSON."""
-        document: dict[str, Any] = {"changes": [[c.at, c.by] for c in self.changes]}
-        if self.alarmed is not None:
-            document["alarmed"] = self.alarmed
-        return document
-
     @classmethod
-    def rebuilt(cls, document: dict[str, Any], wanted: int, now: float) -> "Memory":
-        """Reads what `to_document` made ({}: nothing is known). ValueError for anything else."""
-        try:
-            changes = tuple(Change(float(at), int(by)) for at, by in document.get("changes", ()))
-            alarmed = document.get("alarmed")
-            alarm = None if alarmed is None else float(alarmed)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"no memory of an autoscaler: {document!r}") from error
-        return cls((Wish(now, wanted),), changes, (), alarm)
+    def began(cls, wanted: int, changes: tuple[Change, ...], now: float) -> "Memory":
+        """Of an autoscaler that begins while `wanted` replicas are wanted."""
+        return cls((Wish(now, wanted),), changes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
 
 from shoal.api.scaling import CanarySpec, CanaryStep
 from shoal.operator.analysis import Verdict
@@ -38,32 +38,6 @@ class CanaryState:
     since: float | None = None  # when the step's weight came into force; None: not yet
     aborted: float | None = None  # when it was given up
     message: str = ""  # why, or the analysis' last sentence
-
-    def to_document(self) -> dict[str, Any]:
-        return {
-            "revision": self.revision,
-            "stable": self.stable,
-            "step": self.step,
-            "since": self.since,
-            "aborted": self.aborted,
-            "message": self.message,
-        }
-
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> "CanaryState":
-        """Reads what `to_document` made; ValueError for anything else."""
-        try:
-            since, aborted = document["since"], document["aborted"]
-            return cls(
-                str(document["revision"]),
-                str(document["stable"]),
-                int(document["step"]),
-                None if since is None else float(since),
-                None if aborted is None else float(aborted),
-                str(document["message"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"no record of a canary: {document!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
