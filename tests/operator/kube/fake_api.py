@@ -29,7 +29,15 @@ from shoal.operator.kube.kinds import (
 )
 
 Json = dict[str, Any]
-BUILT_IN = (*WATCHED, SECRETS, NODES, EVENTS, LEASES)
+# kopf waits until it has discovered these two, whether it reads them or not.
+NAMESPACES = Kind("v1", "Namespace", "namespaces", namespaced=False)
+TYPES = Kind(
+    "apiextensions.k8s.io/v1",
+    "CustomResourceDefinition",
+    "customresourcedefinitions",
+    namespaced=False,
+)
+BUILT_IN = (*WATCHED, SECRETS, NODES, EVENTS, LEASES, NAMESPACES, TYPES)
 
 
 class Answer(Exception):
