@@ -22,11 +22,11 @@ from shoal.operator.local.ports import Ports, is_free, reachable
 from shoal.operator.local.process import Machine
 from shoal.operator.local.reconcile import Reconciler
 from shoal.operator.local.records import SupervisorInfo
-from shoal.operator.local.router_client import RouterClient
 from shoal.operator.local.settings import NotAnAddress, PortTaken, SupervisorSettings, Update
 from shoal.operator.local.store import ROUTER_POD, Store
 from shoal.operator.observe import RouterView
 from shoal.operator.platform import LOCAL
+from shoal.operator.router_client import RouterClient
 
 INTERRUPTED = 130
 _LEFTOVER_SECONDS = 5.0
