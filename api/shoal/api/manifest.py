@@ -6,8 +6,9 @@ The rules between fields are looked at once every field is right alone.
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -233,14 +234,20 @@ def _without_nulls(value: Any, model: type[BaseModel] | None) -> Any:
         return [_without_nulls(item, model) for item in value]
     if not isinstance(value, dict) or model is None:
         return value
-    below = {
-        field.alias or name: next(_models_in(field.annotation), None)
-        for name, field in model.model_fields.items()
-    }
+    below = _below(model)
     return {
         key: _without_nulls(item, below.get(key))
         for key, item in value.items()
         if item is not None or key not in below
+    }
+
+
+@cache
+def _below(model: type[BaseModel]) -> Mapping[str, type[BaseModel] | None]:
+    """The keys of a type in documents, each with the type of what stands there, if it is ours."""
+    return {
+        field.alias or name: next(_models_in(field.annotation), None)
+        for name, field in model.model_fields.items()
     }
 
 

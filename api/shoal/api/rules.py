@@ -6,8 +6,9 @@ with one `%s` for each of `values`, which both languages fill in.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic.alias_generators import to_camel
@@ -413,8 +414,13 @@ def _parts(root: Any, scope: str) -> Iterator[tuple[str, Any]]:
 
 
 def _get(part: ApiModel, key: str) -> Any:
-    attribute = next(name for name in type(part).model_fields if to_camel(name) == key)
-    return getattr(part, attribute)
+    return getattr(part, _attributes(type(part))[key])
+
+
+@cache
+def _attributes(model: type[ApiModel]) -> Mapping[str, str]:
+    """A type's attributes by the keys they have in documents."""
+    return {to_camel(name): name for name in model.model_fields}
 
 
 def violations(service: InferenceService) -> tuple[Violation, ...]:
