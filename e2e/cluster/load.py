@@ -8,21 +8,30 @@ by default. A stream that breaks in the middle because its router died is asked 
 import asyncio
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import httpx
 import openai
 
-TOKENS: Final = 40
 FINISH_SECONDS: Final = 240.0
 ASK_AGAIN: Final = 3
 
 
 def question(index: int) -> str:
     return f"Write a short story about the number {index} and a friend of it."
+
+
+def tokens(index: int) -> int:
+    """Answers differ in length, or all streams would begin and end in step."""
+    return 24 + 7 * index % 32
+
+
+def _nobody(flows: bool) -> None:
+    """Hears nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +65,14 @@ class Window:
         return max((answer.longest_silence for answer in self.answers), default=0.0)
 
 
-async def ask(client: openai.AsyncOpenAI, model: str, index: int) -> Answer:
-    """One answer. Never raises: an error is part of it."""
+async def ask(
+    client: openai.AsyncOpenAI,
+    model: str,
+    index: int,
+    flows: Callable[[bool], None] = _nobody,
+) -> Answer:
+    """One answer. Never raises: an error is part of it. `flows` hears when pieces begin to come,
+    and when they end."""
     begun = time.monotonic()
     again, silence = 0, 0.0
     while True:
@@ -67,7 +82,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, index: int) -> Answer:
                 model=model,
                 messages=[{"role": "user", "content": question(index)}],
                 temperature=0,
-                max_tokens=TOKENS,
+                max_tokens=tokens(index),
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
@@ -75,6 +90,7 @@ async def ask(client: openai.AsyncOpenAI, model: str, index: int) -> Answer:
             async for chunk in stream:
                 now = time.monotonic()
                 silence, last = max(silence, now - last), now
+                flows(True)
                 if chunk.choices:
                     text += chunk.choices[0].delta.content or ""
                     finish = chunk.choices[0].finish_reason or finish
@@ -86,6 +102,8 @@ async def ask(client: openai.AsyncOpenAI, model: str, index: int) -> Answer:
             error = f"{type(failure).__name__}: {failure}"
         except openai.OpenAIError as failure:
             error = f"{type(failure).__name__}: {failure}"
+        finally:
+            flows(False)
         return Answer(begun, time.monotonic(), index, text, silence, again, error)
 
 
@@ -108,6 +126,7 @@ class Load:
         self._url, self._model, self._expected = url, model, expected
         self._answers: list[Answer] = []
         self._under_way: dict[int, float] = {}  # stream -> when its present question was asked
+        self._flowing: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), name="load")
 
@@ -138,16 +157,25 @@ class Load:
     @property
     def tokens(self) -> int:
         """Of all finished answers so far."""
-        return TOKENS * sum(not answer.error for answer in list(self._answers))
+        done = list(self._answers)
+        return sum(tokens(answer.question) for answer in done if not answer.error)
+
+    @property
+    def flowing(self) -> int:
+        """Streams that are in the middle of an answer."""
+        return len(self._flowing)
 
     async def _run(self) -> None:
         async with _client(self._url) as client:
             await asyncio.gather(*(self._stream(client, it) for it in range(len(self._expected))))
 
+    def _note(self, index: int, flows: bool) -> None:
+        (self._flowing.add if flows else self._flowing.discard)(index)
+
     async def _stream(self, client: openai.AsyncOpenAI, index: int) -> None:
         while not self._stop.is_set():
             self._under_way[index] = time.monotonic()
-            answer = await ask(client, self._model, index)
+            answer = await ask(client, self._model, index, partial(self._note, index))
             self._answers.append(answer)
             del self._under_way[index]
             if answer.error:

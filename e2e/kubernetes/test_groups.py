@@ -8,7 +8,7 @@ import pytest
 
 from e2e.cluster import services
 from e2e.cluster.command import wait_for
-from e2e.cluster.kube import Kube, Object
+from e2e.cluster.kube import Kube, Object, is_ready
 from e2e.cluster.platform import Platform
 from e2e.cluster.report import Report
 from e2e.cluster.testbed import Testbed
@@ -98,7 +98,7 @@ def _groups(kube: Kube, namespace: str) -> dict[str, list[Object]]:
 def _serves(kube: Kube, namespace: str) -> bool:
     status = kube.get("infs", NAME, namespace).get("status", {})
     pods = services.workers(kube, namespace, NAME)
-    return status.get("routableReplicas") == 2 and len(pods) == 4
+    return status.get("routableReplicas") == 2 and len(pods) == 4 and all(map(is_ready, pods))
 
 
 def _assert_name_resolves(kube: Kube, namespace: str, groups: dict[str, list[Object]]) -> None:

@@ -160,7 +160,7 @@ def _assert_locked_down(kube: Kube, namespace: str, pod: Object) -> None:
     """Nothing is writable but the cache and /tmp; /dev/shm has the size that was asked for."""
     script = (
         "id -u; touch /x 2>/dev/null && echo open; touch /tmp/x /var/cache/shoal/x && echo ok; "
-        "df -m /dev/shm | awk 'END {print $2}'; ls /var/run/secrets 2>/dev/null"
+        "df -m /dev/shm | awk 'END {print $2}'; ls /var/run/secrets 2>/dev/null; true"
     )
     said = kube.kubectl(
         *("exec", pod["metadata"]["name"], "--namespace", namespace),
