@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 
@@ -32,8 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             access, feed, settings.namespaces, listed=listed, stop=stop, ready=ready
         )
 
-    return uvloop.run(operate(settings, access, watch))
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    return loop.run_until_complete(operate(settings, access, watch))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    # The lease is released and nothing is written any more. Streams that are still being closed
+    # hold nothing that matters, and are not waited for: a standby may start right now.
+    logging.shutdown()
+    os._exit(status)
