@@ -1,5 +1,6 @@
 """Carries out one action of a plan, or brings one child about; never a write that changes nothing.
 
+Objects are created where they are not there, and changed by server-side apply where they differ.
 Answers go into the world at once, so that the next plan sees what this one did. An object that
 somebody else made under a name of ours is left alone, and one that an earlier service of the same
 name left behind is waited for: its owner is gone and the cluster collects it.
@@ -23,9 +24,12 @@ from shoal.operator.kube.feed import Feed
 from shoal.operator.kube.kinds import (
     CONFIG_MAPS,
     CONTROLLER_REVISIONS,
+    DISRUPTION_BUDGETS,
     INFERENCE_SERVICES,
+    POD_MONITORS,
     PODS,
     SECRETS,
+    SERVICES,
     Kind,
     kind_of,
 )
@@ -52,6 +56,9 @@ from shoal.operator.plan import (
 log: Final = logging.getLogger(__name__)
 
 _COLLECTION_SECONDS: Final = 1.0  # the cluster takes a moment to collect what lost its owner
+
+# Nobody misses these for a moment.
+_REPLACEABLE: Final = (SERVICES, DISRUPTION_BUDGETS, POD_MONITORS)
 
 Json = Mapping[str, Any]
 
@@ -83,14 +90,19 @@ class Applier:
         kind, meta = kind_of(document), document["metadata"]
         live: Json | None = self._world[kind].get(meta["namespace"], meta["name"])
         if live is None:
-            live = await self._look(kind, meta["namespace"], meta["name"])
-        if live is not None:
-            self._check_owner(kind, document, live)
+            live = await self._create(kind, document)
             if is_subset(document, live):
-                return False
+                return True
+        self._check_owner(kind, document, live)
+        if is_subset(document, live):
+            return False
         try:
             self._feed.wrote(kind, await self._api.apply(kind, document))
         except ApiError as error:
+            if error.status == 422 and kind in _REPLACEABLE:
+                # A field that cannot change, or two that exclude each other.
+                await self._delete(kind, meta["namespace"], meta["name"])
+                raise NotYet(f"{kind.kind} {meta['name']} is made anew", 0.1) from None
             _raise_refused(kind, meta["name"], error)
         return True
 
@@ -114,25 +126,26 @@ class Applier:
 
     async def perform(self, service: InferenceService, action: Action) -> None:
         """Carries out one action. Doing it twice is as doing it once."""
+        namespace = service.metadata.namespace
         match action:
             case CreatePod(pod):
-                await self._create(PODS, service, pod.manifest)
+                await self._create(PODS, pod.manifest)
             case DrainPod(name):
                 await self._mark(service, name, f"{self._wall():.3f}")
             case ResumePod(name):
                 await self._mark(service, name, None)
             case DeletePod(name, grace):
-                await self._delete(PODS, service, name, round(grace))
+                await self._delete(PODS, namespace, name, round(grace))
             case WriteRoutes(table):
                 await self.ensure(routes_config_map(service, table))
             case RemoveRoutes():
-                await self._delete(CONFIG_MAPS, service, routes_name(service.name))
+                await self._delete(CONFIG_MAPS, namespace, routes_name(service.name))
             case SaveRevision(revision):
                 document = controller_revision(service, revision)
-                await self._create(CONTROLLER_REVISIONS, service, document)
+                await self._create(CONTROLLER_REVISIONS, document)
             case ForgetRevision(name):
                 record = controller_revision_name(service.name, name)
-                await self._delete(CONTROLLER_REVISIONS, service, record)
+                await self._delete(CONTROLLER_REVISIONS, namespace, record)
 
     async def write_status(self, service_live: Json, status: Json) -> None:
         meta = service_live["metadata"]
@@ -164,10 +177,11 @@ class Applier:
             raise NotYet(f"secret {name} belongs to an earlier service of that name")
         self._tokens.add(uid)
 
-    async def _create(self, kind: Kind, service: InferenceService, document: Json) -> None:
+    async def _create(self, kind: Kind, document: Json) -> Json:
+        """Makes an object; where the name is taken, what is there if it is ours."""
         meta = document["metadata"]
         try:
-            self._feed.wrote(kind, await self._api.create(kind, document))
+            live: Json | None = await self._api.create(kind, document)
         except ApiError as error:
             if not error.exists:
                 _raise_refused(kind, meta["name"], error)
@@ -175,7 +189,9 @@ class Applier:
             if live is None:
                 raise NotYet(f"{kind.kind} {meta['name']} has just ended") from None
             self._check_owner(kind, document, live)
-            self._feed.wrote(kind, live)
+        assert live is not None, "it was made or found"
+        self._feed.wrote(kind, live)
+        return live
 
     async def _mark(self, service: InferenceService, name: str, value: str | None) -> None:
         live = self._world[PODS].get(service.metadata.namespace, name)
@@ -196,15 +212,13 @@ class Applier:
         self._feed.wrote(kind, answer)
 
     async def _delete(
-        self, kind: Kind, service: InferenceService, name: str, grace: int | None = None
+        self, kind: Kind, namespace: str, name: str, grace: int | None = None
     ) -> None:
-        live = self._world[kind].get(service.metadata.namespace, name)
+        live = self._world[kind].get(namespace, name)
         if live is None:
             return
         try:
-            answer = await self._api.delete(
-                kind, service.metadata.namespace, name, uid_of(live), grace
-            )
+            answer = await self._api.delete(kind, namespace, name, uid_of(live), grace)
         except ApiError as error:
             if not error.not_found and not error.conflict:
                 raise
