@@ -25,19 +25,30 @@ def test_plan_as_json_has_the_manifests(world: Any) -> None:
     """Every action of the plan, pods as real manifests."""
     done = world.shoal("plan", "-f", world.write(), "-o", "json")
     (plan,) = json.loads(done.stdout)["plans"]
-    kinds = [action["action"] for action in plan["actions"]]
-    assert kinds == ["SaveRevision", "CreatePod", "WriteRoutes"]
-    assert plan["actions"][1]["manifest"]["kind"] == "Pod"
+    actions = {action["action"]: action for action in plan["actions"]}
+    assert set(actions) == {"SaveRevision", "CreatePod", "WriteRoutes"}
+    assert actions["CreatePod"]["manifest"]["kind"] == "Pod"
     assert plan["refusals"] == []
+
+
+def test_plan_for_a_cluster_shows_what_a_process_cannot_have(world: Any) -> None:
+    """What is refused on this machine, such as a volume, is planned for a cluster."""
+    path = world.write(cache={"type": "PVC", "claimName": "models"})
+    local = world.shoal("plan", "-f", path)
+    assert local.exit_code == 1
+    assert "only on Kubernetes" in local.stdout
+    done = world.shoal("plan", "-f", path, "--platform", "kubernetes", "-o", "json")
+    assert done.exit_code == 0, done.stderr
+    assert '"claimName": "models"' in done.stdout
 
 
 def test_plan_tells_what_is_not_supported(world: Any) -> None:
     """All plans are printed, the refusals among them; exit 1 names the services."""
     world.write("good")
-    world.write("bad", engine={"quantization": "int8"})
+    world.write("bad", engine={"quantization": "fp8"})
     done = world.shoal("plan", "-f", str(world.folder))
     assert done.exit_code == 1
-    assert "refused: not supported yet: spec.engine.quantization=int8" in done.stdout
+    assert "refused: not supported yet: spec.engine.quantization=fp8" in done.stdout
     assert "pod good-" in done.stdout
     assert "pod bad-" not in done.stdout
     assert done.stderr.rstrip().endswith(": bad")
