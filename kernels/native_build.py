@@ -16,7 +16,15 @@ FOLDER = Path(__file__).resolve().parent / "shoal" / "kernels"
 LIBRARY = "_native_avx512bf16.so"
 FLAGS = (
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fno-math-errno"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+    *(
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mavx512dq",
+        "-mavx512bf16",
+        "-mavx512vnni",
+        "-mfma",
+    ),
     # GCC's own vector headers start from undefined registers on purpose.
     *("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )

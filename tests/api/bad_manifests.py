@@ -95,9 +95,9 @@ UNMET: tuple[Unmet, ...] = (
     ),
     _unmet(
         "int8 at load time",
-        {"engine": {"quantization": "int8"}},
+        {"engine": {"quantization": "fp8"}},
         "NotSupported",
-        "not supported yet: spec.engine.quantization=int8",
+        "not supported yet: spec.engine.quantization=fp8",
     ),
     _unmet(
         "a KV cache in fp8",

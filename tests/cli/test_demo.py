@@ -248,11 +248,11 @@ def test_an_interrupted_demo_stops_everything(world: Any, fake_up: Any) -> None:
 
 def test_a_real_up_that_fails_is_told(world: Any) -> None:
     """The demo's own child process refuses a manifest: its words reach the user."""
-    path = world.write(engine={"quantization": "int8"})
+    path = world.write(engine={"quantization": "fp8"})
     done = world.shoal("demo", "-f", path, "--port", "0")
     assert done.exit_code == 1
     assert "ended with exit code 2" in done.stderr
-    assert "not supported yet: spec.engine.quantization=int8" in done.stderr
+    assert "not supported yet: spec.engine.quantization=fp8" in done.stderr
 
 
 def test_the_built_in_example_is_the_repositorys() -> None:

@@ -158,7 +158,7 @@ def test_up_survives_a_broken_document(world: Any, scripted: Any) -> None:
     [
         ({"replicas": "two"}, "spec.replicas"),
         ({"engine": {"dtype": "bfloat17"}}, "bfloat17"),
-        ({"engine": {"quantization": "int8"}}, "not supported yet: spec.engine.quantization=int8"),
+        ({"engine": {"quantization": "fp8"}}, "not supported yet: spec.engine.quantization=fp8"),
     ],
 )
 def test_up_refuses_a_wrong_manifest(world: Any, spec: dict[str, Any], words: str) -> None:
@@ -177,7 +177,7 @@ def test_up_serves_beside_what_is_refused(world: Any, scripted: Any) -> None:
 
     scripted(script)
     world.write("good")
-    world.write("bad", engine={"quantization": "int8"})
+    world.write("bad", engine={"quantization": "fp8"})
     assert world.shoal("up", "-f", str(world.folder)).exit_code == 2  # services seen
 
 

@@ -17,6 +17,7 @@ from shoal.kernels.native import (
     interleave_gate,
     unavailable,
 )
+from shoal.kernels.quant import GROUP, quantize_int8
 from shoal.kernels.rope import apply_rope_, rope_table
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -97,6 +98,38 @@ def test_everything_but_attention(team: Team, rows: int) -> None:
     near(found[Buffer.RESIDUAL], residual)
     normed = F.rms_norm(residual, (HIDDEN,), weight, 1e-5).bfloat16().float()
     near(found[Buffer.LOGITS], normed @ head.float().T)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 100])
+def test_int8_weights(team: Team, rows: int) -> None:
+    """Exact products of the codes, also where one input of a group is far larger than the rest:
+    inputs are rounded to 16 bits, no coarser than bfloat16 has them."""
+    torch.manual_seed(rows)
+    inputs = 192
+    weight, bias = quantize_int8(torch.randn(VOCAB, inputs)), torch.randn(VOCAB)
+    program = Program(geometry(), turns(32))
+    program.linear(PackedWeight(weight, bias), Buffer.NORMED, Buffer.LOGITS, Into.FLOAT32)
+    found = buffers(rows, geometry())
+    x = torch.randn(rows, inputs)
+    x[:, 70] *= 200
+    found[Buffer.NORMED] = x.bfloat16()
+    batch = FlatBatch(np.zeros(rows, np.int64), *[NOBODY] * 4, np.zeros((0, 1), np.int64))
+    program.run(team, batch, NOBODY, found)
+    whole = weight.codes.double() * weight.scales.double().repeat_interleave(GROUP, 1)
+    wanted = x.bfloat16().double() @ whole.T + bias.bfloat16().double()
+    torch.testing.assert_close(found[Buffer.LOGITS].double(), wanted, rtol=1e-3, atol=0.2)
+
+
+def test_int8_codes_are_the_nearest() -> None:
+    """No element is off by more than half a step of its group, and a group of zeros stays zero."""
+    weight = torch.randn(5, 2 * GROUP)
+    weight[2, GROUP:] = 0.0
+    found = quantize_int8(weight)
+    steps = found.scales.repeat_interleave(GROUP, 1)
+    assert ((found.codes * steps - weight).abs() <= 0.5001 * steps).all()
+    assert not found.codes[2, GROUP:].any()
+    with pytest.raises(ValueError, match="100 inputs"):
+        quantize_int8(torch.zeros(3, 100))
 
 
 CASES = [

@@ -163,10 +163,10 @@ def test_services_do_not_disturb_each_other(machine, local_service):
         machine.store.apply(local_service())
         async with machine.running():
             await machine.until_condition("chat", "Ready")
-            machine.store.apply(local_service("wide", engine={"quantization": "int8"}))
+            machine.store.apply(local_service("wide", engine={"quantization": "fp8"}))
             machine.store.apply(local_service("twin", model_id="chat"))
             refused = await machine.until_condition("wide", "Ready", "False")
-            assert refused["message"] == "not supported yet: spec.engine.quantization=int8"
+            assert refused["message"] == "not supported yet: spec.engine.quantization=fp8"
             taken = await machine.until_condition("twin", "Ready", "False")
             assert "chat" in taken["message"] and taken["reason"] == "ModelIdTaken"
             (machine.store.root / "services" / "chat.yaml").write_text("kind: [")

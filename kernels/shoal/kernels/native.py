@@ -3,9 +3,9 @@
 What CUDA graphs are to a GPU. A step of a small model is hundreds of operations of a few
 microseconds; called one by one from Python they cost more than they compute. The library behind
 this (csrc/) keeps a team of threads that runs all operations of a step with a spin barrier after
-each. Weights are bfloat16, sums float32, the residual stream float32. The torch functions of
+each. Weights are bfloat16 or int8, sums and the residual stream float32. The torch functions of
 `linear`, `norm`, `rope` and `attention` are its oracle and what runs where it is not there: no
-compiler at installation, or a processor without AVX-512 BF16.
+compiler at installation, or a processor without AVX-512 BF16 and VNNI.
 """
 
 import ctypes
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.flat import FlatBatch, Ints
+from shoal.kernels.quant import GROUP, Int8Weight
 
 LIBRARY = Path(__file__).with_name("_native_avx512bf16.so")
 PANEL = 32  # outputs that are packed together
@@ -60,7 +61,7 @@ class _Code(enum.IntEnum):
 class _Op(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("code", "source", "target", "into", "n", "k")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "cache")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scales", "sums", "bias", "cache")),
         ("eps", ctypes.c_float),
     )
 
@@ -127,18 +128,37 @@ class Geometry:
 class PackedWeight:
     """A linear layer's weight [n, k] and bias in the library's layout."""
 
-    __slots__ = ("bias", "k", "n", "packed")
+    __slots__ = ("bias", "k", "n", "packed", "scales", "sums")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.n, self.k = weight.shape
-        if self.k % 2:
-            raise ValueError(f"a linear layer has {self.k} inputs, expected an even number")
-        rows = -(-self.n // PANEL) * PANEL
-        plain = weight.to(torch.bfloat16).contiguous()
-        self.packed = torch.empty(rows * self.k, dtype=torch.bfloat16)
-        _library().shoal_pack(plain.data_ptr(), self.packed.data_ptr(), self.n, self.k)
+    def __init__(self, weight: Tensor | Int8Weight, bias: Tensor | None = None) -> None:
+        self.scales = self.sums = None
+        if isinstance(weight, Int8Weight):
+            self.n, self.k = weight.codes.shape
+            panels = -(-self.n // PANEL)
+            codes = weight.codes.contiguous()
+            self.packed = torch.empty(panels * PANEL * self.k, dtype=torch.int8)
+            self.sums = torch.empty(panels * PANEL * self.k // GROUP, dtype=torch.int32)
+            self.scales = _panels(weight.scales)
+            _library().shoal_pack8(
+                *(codes.data_ptr(), self.packed.data_ptr(), self.sums.data_ptr(), self.n, self.k)
+            )
+        else:
+            self.n, self.k = weight.shape
+            if self.k % 2:
+                raise ValueError(f"a linear layer has {self.k} inputs, expected an even number")
+            plain = weight.to(torch.bfloat16).contiguous()
+            self.packed = torch.empty(-(-self.n // PANEL) * PANEL * self.k, dtype=torch.bfloat16)
+            _library().shoal_pack(plain.data_ptr(), self.packed.data_ptr(), self.n, self.k)
         # As torch does it: a bias in the weights' precision, added in float32.
         self.bias = None if bias is None else bias.to(torch.bfloat16).float().contiguous()
+
+
+def _panels(scales: Tensor) -> Tensor:
+    """[n, groups] -> [panels, groups, PANEL] float32; rows beyond n are zero."""
+    rows = -(-scales.shape[0] // PANEL) * PANEL
+    padded = torch.zeros(rows, scales.shape[1])
+    padded[: scales.shape[0]] = scales
+    return padded.view(-1, PANEL, scales.shape[1]).transpose(1, 2).contiguous()
 
 
 def interleave_gate(gate: Tensor, up: Tensor) -> Tensor:
@@ -200,9 +220,12 @@ class Program:
 
     def linear(self, layer: PackedWeight, source: Buffer, target: Buffer, into: Into) -> None:
         """target = layer(source), or as `into` says."""
-        bias = None if layer.bias is None else self._keep(layer.bias)
         weight = self._keep(layer.packed)
-        self._add(_Op(_Code.LINEAR, source, target, into, layer.n, layer.k, weight, bias))
+        others = [
+            None if part is None else self._keep(part)
+            for part in (layer.scales, layer.sums, layer.bias)
+        ]
+        self._add(_Op(_Code.LINEAR, source, target, into, layer.n, layer.k, weight, *others))
 
     def rope_store(self, cache: Tensor) -> None:
         """Rotates the queries of HEADS in place, and the keys; keys and values go to the cache."""
@@ -278,8 +301,9 @@ def unavailable() -> str | None:
     if not LIBRARY.exists():
         return "the native library was not built (no C++ compiler at installation)"
     capabilities = torch.cpu.get_capabilities()
-    if not (capabilities.get("avx512_bf16") and capabilities.get("avx512_dq")):
-        return "the processor has no AVX-512 BF16"
+    for name in ("avx512_dq", "avx512_vl", "avx512_bw", "avx512_bf16", "avx512_vnni"):
+        if not capabilities.get(name):
+            return f"the processor has no {name.upper()}"
     try:
         _library()
     except OSError as error:
@@ -297,6 +321,8 @@ def _library() -> ctypes.CDLL:
     library.shoal_team_free.restype = None
     library.shoal_pack.argtypes = (pointer, pointer, number, number)
     library.shoal_pack.restype = None
+    library.shoal_pack8.argtypes = (pointer, pointer, pointer, number, number)
+    library.shoal_pack8.restype = None
     library.shoal_run.argtypes = (pointer, pointer, number, pointer, pointer, pointer)
     library.shoal_run.restype = None
     return library

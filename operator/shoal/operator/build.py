@@ -57,6 +57,7 @@ _FLAGS: Final = (
     "kv_cache_blocks",
     "enable_prefix_caching",
     "dtype",
+    "quantization",
 )
 
 

@@ -19,6 +19,7 @@ class EngineConfig:
     kv_cache_memory_fraction: float = 0.9  # of the room for the KV cache: see shoal.worker.memory
     kv_cache_blocks: int | None = None  # None: as many as the memory fraction holds
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32
+    quantization: str = "auto"  # auto | none | int8, at load time; auto: as the checkpoint is
     enable_prefix_caching: bool = True
     max_prefill_tokens: int | None = None  # of one request in one step; None: half the budget
     threads: int | None = None  # of the CPU backend; None: the cores this process may use

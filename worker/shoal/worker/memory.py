@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from shoal.kernels.paged import QUERY_TILE
+from shoal.kernels.quant import GROUP
 from shoal.worker.config import EngineConfig
 from shoal.worker.model.loader import expected_shapes
 from shoal.worker.model.precision import Precision
@@ -78,7 +79,7 @@ def plan_memory(
     )
     fixed = MemoryPlan(
         runtime=resident,
-        weights=_weights(spec, precision),
+        weights=_weights(spec, precision, packed_int8=native and config.quantization == "int8"),
         activations=(
             _native_activations(spec, config)
             if native
@@ -117,7 +118,7 @@ def plan_memory(
     return plan
 
 
-def _weights(spec: DecoderSpec, precision: Precision) -> int:
+def _weights(spec: DecoderSpec, precision: Precision, *, packed_int8: bool) -> int:
     """Packed matrices, float32 norms, and the embedding, which is looked up unpacked."""
     elements = {name: _product(shape) for name, shape in expected_shapes(spec).items()}
     norms = sum(size for name, size in elements.items() if "norm" in name)
@@ -125,7 +126,9 @@ def _weights(spec: DecoderSpec, precision: Precision) -> int:
     packed = sum(elements.values()) - norms - embedding
     if spec.tied_embeddings:
         packed += embedding
-    return 4 * norms + packed * precision.compute.itemsize + embedding * precision.weights.itemsize
+    # A group of int8 codes has a float32 scale and an int32 sum.
+    matrices = packed * (GROUP + 8) // GROUP if packed_int8 else packed * precision.compute.itemsize
+    return 4 * norms + matrices + embedding * precision.weights.itemsize
 
 
 def _activations(

@@ -11,12 +11,13 @@ import torch
 
 from shoal.kernels.flat import FlatBatch
 from shoal.kernels.paged import CacheShape, flat_order
+from shoal.kernels.quant import GROUP, quantize_int8
 from shoal.worker.config import EngineConfig
 from shoal.worker.executor import ModelInfo
 from shoal.worker.host import available_memory, resident_memory, usable_cores
 from shoal.worker.memory import LOGIT_ROWS, plan_memory
 from shoal.worker.model.backend import Backend, TorchBackend
-from shoal.worker.model.loader import load_decoder, open_checkpoint
+from shoal.worker.model.loader import Quantize, load_decoder, open_checkpoint
 from shoal.worker.model.native import NativeBackend, unfit
 from shoal.worker.model.precision import Precision, choose_precision
 from shoal.worker.model.spec import DecoderSpec
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 8192
 BACKENDS = ("auto", "native", "torch")
+QUANTIZATIONS = ("auto", "none", "int8")
 _WARM_UP_TOKENS = 64
 
 
@@ -185,6 +187,7 @@ def create_executor(
     max_model_len = config.max_model_len or min(trained, DEFAULT_MAX_MODEL_LEN)
     if max_model_len > trained:
         raise ValueError(f"max_model_len is {max_model_len}, the model's limit is {trained}")
+    quantize = _quantizer(spec, config)
     native = _runs_native(spec, precision, config)
     memory = plan_memory(
         spec, precision, config, max_model_len, available_memory(), resident_memory(), native=native
@@ -200,11 +203,12 @@ def create_executor(
             max_model_len=max_model_len,
             max_tokens=config.max_batched_tokens,
             threads=torch.get_num_threads(),
+            quantize=quantize,
             clock=clock,
         )
         times = backend.times
     else:
-        decoder, times = load_decoder(checkpoint, precision, clock)
+        decoder, times = load_decoder(checkpoint, precision, clock, quantize)
         shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
         backend = TorchBackend(decoder, shape, max_model_len)
     progress("load", clock() - started - times.pack)
@@ -222,6 +226,23 @@ def create_executor(
     executor.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1), clock)
     progress("warm-up", clock() - started)
     return executor
+
+
+def _quantizer(spec: DecoderSpec, config: EngineConfig) -> Quantize | None:
+    """What `config.quantization` makes of a matrix; None: nothing. ValueError where it cannot."""
+    if config.quantization not in QUANTIZATIONS:
+        known = ", ".join(QUANTIZATIONS)
+        raise ValueError(f"quantization is {config.quantization!r}, expected one of {known}")
+    if config.quantization != "int8":
+        return None
+    widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
+    for width in widths:
+        if width % GROUP:
+            raise ValueError(
+                f"quantization is int8, but {spec.architecture} has layers of {width} inputs, "
+                f"expected a multiple of {GROUP}"
+            )
+    return quantize_int8
 
 
 def _runs_native(spec: DecoderSpec, precision: Precision, config: EngineConfig) -> bool:

@@ -57,32 +57,38 @@ inline void write(Into into, void* y, std::int64_t at, int left, __m512 sum) {
   _mm512_mask_storeu_ps(out, which, sum);
 }
 
+// Writes a tile's sums, one panel of R rows.
+template <int R>
+inline void finish(const float* bias, int n, Into into, void* y, std::int64_t row, int panel, __m512 (&sum)[R][2]) {
+  const int column = panel * kPanel;
+  for (int r = 0; r < R; ++r) {
+    if (into == Into::kGated) {
+      if (bias) {
+        sum[r][0] = _mm512_add_ps(sum[r][0], _mm512_loadu_ps(bias + column));
+        sum[r][1] = _mm512_add_ps(sum[r][1], _mm512_loadu_ps(bias + column + 16));
+      }
+      const __m512 gated = _mm512_mul_ps(silu(sum[r][0]), sum[r][1]);
+      write(Into::kBfloat16, y, (row + r) * (n / 2) + column / 2, 16, gated);
+      continue;
+    }
+    for (int half = 0; half < 2; ++half) {
+      const int first = column + 16 * half, left = n - first;
+      if (left <= 0) break;
+      if (bias) {
+        const __mmask16 which = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+        sum[r][half] = _mm512_add_ps(sum[r][half], _mm512_maskz_loadu_ps(which, bias + first));
+      }
+      write(into, y, (row + r) * n + first, left, sum[r][half]);
+    }
+  }
+}
+
 template <int R>
 inline void tile(const Linear& layer, Into into, const bf16* x, void* y, std::int64_t row, int panel) {
   __m512 sum[R][2];
   multiply<R>(x + row * layer.k, layer.k, layer.weight + static_cast<std::int64_t>(panel) * kPanel * layer.k,
               layer.k, sum);
-  const int column = panel * kPanel;
-  for (int r = 0; r < R; ++r) {
-    if (into == Into::kGated) {
-      if (layer.bias) {
-        sum[r][0] = _mm512_add_ps(sum[r][0], _mm512_loadu_ps(layer.bias + column));
-        sum[r][1] = _mm512_add_ps(sum[r][1], _mm512_loadu_ps(layer.bias + column + 16));
-      }
-      const __m512 gated = _mm512_mul_ps(silu(sum[r][0]), sum[r][1]);
-      write(Into::kBfloat16, y, (row + r) * (layer.n / 2) + column / 2, 16, gated);
-      continue;
-    }
-    for (int half = 0; half < 2; ++half) {
-      const int first = column + 16 * half, left = layer.n - first;
-      if (left <= 0) break;
-      if (layer.bias) {
-        const __mmask16 which = left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-        sum[r][half] = _mm512_add_ps(sum[r][half], _mm512_maskz_loadu_ps(which, layer.bias + first));
-      }
-      write(into, y, (row + r) * layer.n + first, left, sum[r][half]);
-    }
-  }
+  finish<R>(layer.bias, layer.n, into, y, row, panel, sum);
 }
 
 template <int R = kRows - 1>

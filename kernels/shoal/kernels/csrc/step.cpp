@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "linear.h"
+#include "linear8.h"
 #include "team.h"
 
 namespace shoal {
@@ -23,6 +23,8 @@ struct Op {
   std::int32_t code, source, target, into;
   std::int32_t n, k;       // of a linear
   const void* weight;      // packed, the embedding's rows, or a norm's weights
+  const float* scales;     // of an int8 weight, else null
+  const std::int32_t* sums;
   const float* bias;
   void* cache;             // of a layer
   float eps;
@@ -204,7 +206,7 @@ void* shoal_team_new(int size) { return new shoal::Team(size); }
 
 void shoal_team_free(void* team) { delete static_cast<shoal::Team*>(team); }
 
-// weight [n, k] bfloat16 -> panels of 32 rows; rows beyond n are zero.
+// weight [n, k] bfloat16 -> [panels][k / 2][32][2]; rows beyond n are zero.
 void shoal_pack(const shoal::bf16* weight, shoal::bf16* packed, std::int64_t n, std::int64_t k) {
   for (std::int64_t panel = 0; panel * shoal::kPanel < n; ++panel)
     for (std::int64_t i = 0; i < k; i += 2)
@@ -214,6 +216,21 @@ void shoal_pack(const shoal::bf16* weight, shoal::bf16* packed, std::int64_t n, 
         to[0] = row < n ? weight[row * k + i] : 0;
         to[1] = row < n ? weight[row * k + i + 1] : 0;
       }
+}
+
+// codes [n, k] -> [panels][k / 4][32][4]; sums [panels][k / 64][32]. Rows beyond n are zero.
+void shoal_pack8(const std::int8_t* codes, std::int8_t* packed, std::int32_t* sums, std::int64_t n, std::int64_t k) {
+  using namespace shoal;
+  for (std::int64_t panel = 0; panel * kPanel < n; ++panel)
+    for (std::int64_t j = 0; j < kPanel; ++j) {
+      const std::int64_t row = panel * kPanel + j;
+      for (std::int64_t i = 0; i < k; ++i) {
+        const std::int8_t code = row < n ? codes[row * k + i] : 0;
+        packed[(panel * k + i / 4 * 4) * kPanel + 4 * j + i % 4] = code;
+        std::int32_t& sum = sums[(panel * (k / kGroup) + i / kGroup) * kPanel + j];
+        sum = (i % kGroup ? sum : 0) + 32768 * code;
+      }
+    }
 }
 
 void shoal_run(void* team, const shoal::Op* ops, std::int64_t count, const shoal::Shape* shape,
@@ -241,8 +258,13 @@ void shoal_run(void* team, const shoal::Op* ops, std::int64_t count, const shoal
           norm(run, op, share);
           break;
         case Code::kLinear:
-          linear({static_cast<const bf16*>(op.weight), op.bias, op.n, op.k}, static_cast<Into>(op.into),
-                 run.buffer<bf16>(op.source), buffers[op.target], rows, member, members.size());
+          if (op.scales)
+            linear8({static_cast<const std::int8_t*>(op.weight), op.scales, op.sums, op.bias, op.n, op.k},
+                    static_cast<Into>(op.into), run.buffer<bf16>(op.source), buffers[op.target], rows, member,
+                    members.size());
+          else
+            linear({static_cast<const bf16*>(op.weight), op.bias, op.n, op.k}, static_cast<Into>(op.into),
+                   run.buffer<bf16>(op.source), buffers[op.target], rows, member, members.size());
           break;
         case Code::kRopeStore:
           rope_store(run, op, share);

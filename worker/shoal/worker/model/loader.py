@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.linear import PackedLinear
+from shoal.kernels.quant import Int8Weight
 from shoal.kernels.rope import interleave_halves
 from shoal.worker.model.decoder import Decoder, DecoderLayer
 from shoal.worker.model.gguf import GgufSource
@@ -20,6 +21,7 @@ from shoal.worker.model.spec import DecoderSpec, spec_from_gguf, spec_from_huggi
 from shoal.worker.model.weights import WeightError, WeightSource
 
 Clock = Callable[[], float]
+Quantize = Callable[[Tensor], Int8Weight]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_decoder(
-    checkpoint: Checkpoint, precision: Precision, clock: Clock = time.perf_counter
+    checkpoint: Checkpoint,
+    precision: Precision,
+    clock: Clock = time.perf_counter,
+    quantize: Quantize | None = None,
 ) -> tuple[Decoder, LoadTimes]:
     """Reads every tensor once, rounds it to the precision and packs it; originals are let go.
+    With `quantize` matrices have the values that it leaves, in the precision's weights.
 
     Raises WeightError that names the first tensor that is missing, not known, or of a wrong
     shape, before any is read.
@@ -67,6 +73,8 @@ def load_decoder(
     def pack(matrix: Matrix) -> PackedLinear:
         started = clock()
         weight, bias = matrix
+        if quantize is not None:
+            weight = quantize(weight).dequantized()
         compute = precision.compute
         packed = PackedLinear(weight.to(compute), None if bias is None else bias.to(compute))
         times.pack += clock() - started

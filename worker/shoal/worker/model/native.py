@@ -19,7 +19,14 @@ from shoal.kernels.native import (
     unavailable,
 )
 from shoal.kernels.rope import rope_table
-from shoal.worker.model.loader import Checkpoint, Clock, LayerWeights, LoadTimes, WeightReader
+from shoal.worker.model.loader import (
+    Checkpoint,
+    Clock,
+    LayerWeights,
+    LoadTimes,
+    Quantize,
+    WeightReader,
+)
 from shoal.worker.model.precision import Precision
 from shoal.worker.model.spec import DecoderSpec
 
@@ -65,9 +72,11 @@ class NativeBackend:
         max_model_len: int,
         max_tokens: int,
         threads: int,
+        quantize: Quantize | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Reads and packs the weights. `max_tokens`: of a step. Raises WeightError, and
+        """Reads and packs the weights. `max_tokens`: of a step. `quantize`: what becomes of every
+        matrix; None: bfloat16. Raises WeightError, and
         ValueError where `unfit`."""
         if (why := unfit(checkpoint.spec, precision, block_size)) is not None:
             raise ValueError(f"no step program for this model: {why}")
@@ -75,6 +84,7 @@ class NativeBackend:
         self.times = LoadTimes()
         self._team = Team(threads)
         self._clock = clock
+        self._quantize = quantize
         shape = geometry(spec, block_size)
         self._caches = [shape.cache(num_blocks) for _ in range(spec.num_layers)]
         turns = rope_table(spec.rope.inverse_frequencies(), max_model_len)
@@ -132,7 +142,7 @@ class NativeBackend:
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         started = self._clock()
-        packed = PackedWeight(weight, bias)
+        packed = PackedWeight(self._quantize(weight) if self._quantize else weight, bias)
         self.times.pack += self._clock() - started
         return packed
 
