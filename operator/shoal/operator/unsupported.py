@@ -27,7 +27,7 @@ _NOT_YET = (
 _PARALLEL = (("parallelism", "tensor"), ("parallelism", "pipeline"), ("parallelism", "executor"))
 _GPUS = (("resources", "gpus_per_node"), ("resources", "gpu_resource"))
 _PODS_ONLY = (("resources", "shm"), ("pod_overlay",))
-_QUANTIZATION = ("auto", "none")
+_QUANTIZATION = ("auto", "none", "int8")
 
 
 def unsupported(spec: InferenceServiceSpec, platform: Platform = LOCAL) -> list[str]:
