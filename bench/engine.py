@@ -1,8 +1,8 @@
 """W1 to W4 on Shoal's engine and, in the same interleaved run, on what people run instead.
 
-    python -m bench.engine [--rounds 5] [--peers shoal,shoal-torch,transformers,llama.cpp]
+    python -m bench.engine [--rounds 5] [--peers shoal,transformers,...]
 
-shoal-torch is the engine without its native library. Every peer is a process that loads once; a
+shoal-torch is the engine without its native library, shoal-int8 has int8 weights. Every peer is a process that loads once; a
 round runs each workload on each peer in turn, so a drifting machine hits all alike. Ratios are
 taken round by round. llama.cpp takes part where `--llama-python` (or
 SHOAL_BENCH_LLAMA_PYTHON) names a Python that has llama-cpp-python.
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 COMMANDS = {
     "shoal": ("bench.peers.shoal_peer",),
+    "shoal-int8": ("bench.peers.shoal_peer", "--quantization", "int8"),
     "shoal-torch": ("bench.peers.shoal_peer", "--backend", "torch"),
     "transformers": ("bench.peers.transformers_peer",),
     "llama.cpp": ("bench.peers.llama_peer",),
@@ -89,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workloads", default="W1,W2,W3,W4")
-    parser.add_argument("--peers", default="shoal,shoal-torch,transformers,llama.cpp")
+    parser.add_argument("--peers", default="shoal,shoal-int8,shoal-torch,transformers,llama.cpp")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--llama-python", default=os.environ.get("SHOAL_BENCH_LLAMA_PYTHON"))

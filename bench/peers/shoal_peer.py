@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--quantization", default="auto")
     args = parser.parse_args()
     share_cores()
     from shoal.worker.runner import create_executor  # loads torch, which must find that said
@@ -30,6 +31,7 @@ def main() -> None:
         dtype=args.dtype,
         threads=args.threads,
         backend=args.backend,
+        quantization=args.quantization,
     )
     executor = create_executor(resolve(args.model).path, config, lambda phase, done: None)
     ids = count()
