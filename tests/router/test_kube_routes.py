@@ -20,7 +20,10 @@ class Watched:
 
     def __init__(self, server: KubeServer, *namespaces: str) -> None:
         self.reports: list[Mapping[str, RouteTable]] = []
-        self.watch = KubeRoutes(server.account, self.reports.append, namespaces)
+        self.busy: set[str] = set()
+        self.watch = KubeRoutes(
+            server.account, self.reports.append, namespaces, busy=self.busy.__contains__
+        )
 
     async def __aenter__(self) -> "Watched":
         self.task = asyncio.create_task(self.watch.run())
@@ -185,6 +188,38 @@ def test_many_changes_are_few_hand_overs(tmp_path: Path) -> None:
     with_server(tmp_path, play)
 
 
+def test_a_deleted_service_finishes_its_requests(tmp_path: Path) -> None:
+    """It takes no new ones, its replicas drain, and its table goes with the last request."""
+
+    async def play(server: KubeServer) -> None:
+        endpoint = {"name": "a", "address": "h:1", "revision": "r"}
+        server.put(config_map("one", "chat", endpoints=[endpoint]))
+        async with Watched(server) as watched:
+            await watched.serves("one/chat")
+            watched.busy.add("one/chat")
+            server.delete("one", "chat")
+            await watched.until(lambda w: w.tables["one/chat"].models == ())
+            assert [e.draining for e in watched.tables["one/chat"].endpoints] == [True]
+            await asyncio.sleep(0.7)
+            assert set(watched.tables) == {"one/chat"}
+            watched.busy.clear()
+            await watched.serves()
+
+    with_server(tmp_path, play)
+
+
+def test_a_service_that_comes_back_is_open() -> None:
+    """Deleted and made again under one name, with requests of the first still in flight."""
+    tables = KubeTables()
+    tables.put(config_map("one", "chat"))
+    tables.drop(config_map("one", "chat"))
+    assert tables.closing
+    assert tables.settled()["one/chat"].models == ()
+    assert tables.put(config_map("one", "chat"))
+    assert not tables.closing
+    assert tables.settled()["one/chat"].models == ("chat",)
+
+
 def test_only_a_table_of_its_own_namespace_counts(caplog: pytest.LogCaptureFixture) -> None:
     """Who may write ConfigMaps in one namespace cannot take another's traffic."""
     tables = KubeTables()
@@ -225,7 +260,7 @@ def test_a_model_id_stays_with_whom_has_it(caplog: pytest.LogCaptureFixture) -> 
             assert models(tables) == {"b/chat": ("chat", "b"), "a/chat": ("a",)}
     assert caplog.text.count("model id chat belongs to b/chat") == 1
     tables.drop(config_map("b", "chat"))
-    assert models(tables) == {"a/chat": ("chat", "a")}
+    assert models(tables)["a/chat"] == ("chat", "a")
 
 
 def models(tables: KubeTables) -> dict[str, tuple[str, ...]]:

@@ -152,7 +152,12 @@ def _routes(options: argparse.Namespace, core: RouterCore) -> Routes:
     from shoal.router.kube_routes import KubeRoutes
 
     account = ServiceAccount.of_pod(os.environ, options.service_account_dir)
-    return KubeRoutes(account, core.apply, options.namespaces)
+
+    def busy(service: str) -> bool:
+        found = core.services.get(service)
+        return found is not None and found.dispatcher.stats.open > 0
+
+    return KubeRoutes(account, core.apply, options.namespaces, busy=busy)
 
 
 def _certificate(options: argparse.Namespace) -> Certificate | None:

@@ -13,7 +13,7 @@ import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -38,6 +38,7 @@ _KEEPALIVE = (  # a server that vanished without a word is noticed after about 1
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
 _REPEAT_LOG_SECONDS = 60.0
+_CLOSING_SECONDS = 0.5  # how often services that are gone are asked whether they have ended
 _APPLY_SHARE = 0.2  # of the process's time, at most, goes into taking over tables
 
 
@@ -55,12 +56,15 @@ class KubeRoutes:
         on_change: Callable[[Mapping[str, RouteTable]], None],
         namespaces: Sequence[str] = (),
         *,
+        busy: Callable[[str], bool] = lambda service: False,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`namespaces`: those to watch; none means the whole cluster."""
+        """`namespaces`: those to watch; none means the whole cluster. `busy`: whether a service
+        has requests that have not ended."""
         self._account = account
         self._on_change = on_change
+        self._busy = busy
         self._scopes: tuple[str | None, ...] = tuple(namespaces) or (None,)
         self._unlisted = set(self._scopes)
         self._tables = KubeTables()
@@ -78,7 +82,12 @@ class KubeRoutes:
     async def _apply(self) -> None:
         """Hands on what is new. Many changes at once are one hand-over."""
         while True:
-            await self._news.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSING_SECONDS if self._tables.closing else None):
+                    await self._news.wait()
+            ended = self._tables.finish(self._busy)
+            if not self._news.is_set() and not ended:
+                continue
             self._news.clear()
             started = self._clock()
             self._on_change(self._tables.settled())

@@ -4,10 +4,13 @@ A ConfigMap counts where it is called `<service>-routes`, carries the label and 
 `routes.json` that its service is `<its own namespace>/<service>`: whoever may write ConfigMaps in
 one namespace cannot take the traffic of another. What cannot be read leaves the last good table
 in place: a router serves what it knows.
+
+A service whose ConfigMap is gone takes no new requests, and its table goes once the requests in
+flight have ended: its pods drain meanwhile.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -27,6 +30,7 @@ class KubeTables:
 
     def __init__(self) -> None:
         self._tables: dict[str, RouteTable] = {}
+        self._closed: dict[str, RouteTable] = {}  # of services that are gone, while they are busy
         self._bad: dict[str, str] = {}  # the text that was refused, by service
         self._owners: dict[str, str] = {}  # model id -> service
         self._contested: set[tuple[str, str]] = set()  # (model id, service) that goes without
@@ -40,6 +44,7 @@ class KubeTables:
         if table is None or self._tables.get(service) == table:
             return False
         self._tables[service] = table
+        self._closed.pop(service, None)
         return True
 
     def drop(self, config_map: Mapping[str, Any]) -> bool:
@@ -47,8 +52,7 @@ class KubeTables:
         service = _service_of(config_map)
         if service is None:
             return False
-        self._bad.pop(service, None)
-        return self._tables.pop(service, None) is not None
+        return self._close(service)
 
     def replace(self, config_maps: Iterable[Mapping[str, Any]], namespace: str | None) -> bool:
         """These are all there are, of one namespace or (None) of the cluster."""
@@ -57,10 +61,21 @@ class KubeTables:
         inside = "" if namespace is None else f"{namespace}/"
         gone = [name for name in self._tables if name.startswith(inside) and name not in kept]
         for name in gone:
-            del self._tables[name]
-            self._bad.pop(name, None)
+            self._close(name)
         changed = [self.put(config_map) for config_map in listed]
         return bool(gone) or any(changed)
+
+    @property
+    def closing(self) -> bool:
+        """Whether services that are gone have a table yet."""
+        return bool(self._closed)
+
+    def finish(self, busy: Callable[[str], bool]) -> bool:
+        """Forgets services that are gone and have no request any more."""
+        done = [name for name in self._closed if not busy(name)]
+        for name in done:
+            del self._closed[name]
+        return bool(done)
 
     def settled(self) -> dict[str, RouteTable]:
         """The tables to serve, where no two name one model id.
@@ -85,10 +100,20 @@ class KubeTables:
         for model, name in sorted(contested - self._contested):
             log.warning("model id %s belongs to %s, not to %s", model, owners[model], name)
         self._owners, self._contested = owners, contested
-        return {
+        served = {
             name: _without(table, {model for model, other in contested if other == name})
             for name, table in self._tables.items()
         }
+        return self._closed | served
+
+    def _close(self, service: str) -> bool:
+        self._bad.pop(service, None)
+        table = self._tables.pop(service, None)
+        if table is None:
+            return False
+        leaving = tuple(e.model_copy(update={"draining": True}) for e in table.endpoints)
+        self._closed[service] = table.model_copy(update={"models": (), "endpoints": leaving})
+        return True
 
     def _read(self, service: str, config_map: Mapping[str, Any]) -> RouteTable | None:
         text = (config_map.get("data") or {}).get(ROUTES_KEY, "")
