@@ -142,12 +142,6 @@ UNMET: tuple[Unmet, ...] = (
         "spec.resources.gpusPerNode=1 (the operator's feature gate GPU, alpha, is off)",
     ),
     _unmet(
-        "autoscaling",
-        {"autoscaling": {"maxReplicas": 4}},
-        "NotSupported",
-        "not supported yet: spec.autoscaling",
-    ),
-    _unmet(
         "a canary",
         {"rollout": {"canary": {"steps": [{"weight": 5}, {"weight": 100}]}}},
         "NotSupported",

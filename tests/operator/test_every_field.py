@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from shoal.api.rules import violations
+from shoal.api.scaling import AutoscalingSpec
 from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec
 from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
 from shoal.operator.plan import Plan, SaveRevision, plan
@@ -21,6 +22,9 @@ from tests.operator.conftest import CREATED, make_service
 _ALIKE = {("engine", "quantization", "none")}
 # What no bound of a number tells: values that are quantities, addresses and the like.
 _TEXTS = {"uri": "hf://org/other", "cpu": "3", "memory": "3Gi", "shm": "1Gi"}
+
+# Sections that need a field of their own to mean anything.
+_SECTIONS = {"autoscaling": AutoscalingSpec(max_replicas=1)}
 
 
 def _kind(annotation: Any) -> Any:
@@ -55,7 +59,7 @@ def _leaves(owner: ApiModel, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple
         if isinstance(value, ApiModel):
             yield from _leaves(value, (*path, name))
         elif isinstance(kind, type) and issubclass(kind, ApiModel):
-            yield (*path, name), kind.model_construct()
+            yield (*path, name), _SECTIONS.get(name) or kind.model_construct()
         elif others := _others(name, kind, value):
             for other in others:
                 if (*path, name, str(other)) not in _ALIKE:

@@ -1,6 +1,5 @@
 """Autoscaling between plans: state, status and restarts of one service."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -9,7 +8,7 @@ from shoal.api.status import AutoscalingStatus, InferenceServiceStatus
 from shoal.api.types import parse_document
 from shoal.operator.autoscale_load import RouterReport
 from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
-from shoal.operator.scaler import scale
+from shoal.operator.scaler import Scalers, planned_replicas
 
 
 def service(replicas=2, **autoscaling):
@@ -26,7 +25,7 @@ def service(replicas=2, **autoscaling):
     )
 
 
-def observed(ready, *, starting=0, retiring=0, status=None):
+def observed(ready, report=None, *, starting=0, retiring=0, silent=0, status=None):
     pods = [
         ObservedPod(
             f"p{n}",
@@ -39,10 +38,11 @@ def observed(ready, *, starting=0, retiring=0, status=None):
         )
         for n in range(ready + retiring + starting)
     ]
-    view = RouterView(1, {p.name: EndpointView(p.address, True, 0) for p in pods if p.ready})
+    endpoints = {p.name: EndpointView(p.address, True, 0) for p in pods if p.ready}
     return Observed(
         pods=tuple(pods),
-        routers=(view,),
+        routers=(RouterView(1, endpoints, "r", report),),
+        silent_routers=silent,
         status=InferenceServiceStatus(autoscaling=status),
     )
 
@@ -52,32 +52,57 @@ class Loop:
 
     def __init__(self, chat, ready=2):
         self.chat, self.ready = chat, ready
-        self.now, self.state, self.status = 1000.0, None, None
-        self.writes = 0
+        self.now, self.status, self.writes = 1000.0, None, 0
+        self.scalers = Scalers()
 
-    def look(self, queued=0, in_flight=0.0):
+    def restart(self):
+        self.scalers = Scalers()
+
+    def look(self, queued=0, in_flight=0.0, silent=0):
         report = RouterReport(
             self.now, queued, in_flight={f"p{n}": in_flight for n in range(self.ready)}
         )
-        world = observed(self.ready, status=self.status)
-        found = scale(self.chat, world, {"r": report}, {"r"}, self.state, self.now)
-        self.writes += found.status != self.status
-        self.state, self.status = found.state, found.status
+        world = observed(self.ready, report, silent=silent, status=self.status)
+        view = self.scalers.look("default/chat", self.chat, world, self.now)
+        self.writes += view.status != self.status
+        self.status = view.status
         self.now += 2
-        return found
+        return view
 
 
 def test_a_service_without_autoscaling_is_left_alone():
     """Its number is the spec's."""
-    assert scale(service(), observed(1), {}, (), None, 0.0) is None
+    assert Scalers().look("chat", service(3), observed(1), 0.0) is None
+    assert planned_replicas(service(3), observed(1)) == 3
 
 
 def test_the_spec_gives_the_first_number_only():
-    """Within the bounds; later ones are the autoscaler's own."""
+    """Within the bounds; later ones are the autoscaler's own, also before its first look."""
     loop = Loop(service(7, maxReplicas=4))
     assert loop.look().wanted == 4
     loop.chat = service(1, maxReplicas=4)
     assert loop.look().wanted == 4
+    assert planned_replicas(loop.chat, observed(2, status=loop.status)) == 4
+    assert planned_replicas(service(7, maxReplicas=4), observed(2)) == 4
+
+
+def test_it_decides_every_two_seconds_however_often_it_is_asked():
+    """In between the last decision stands."""
+    loop = Loop(service(2, maxReplicas=9))
+    loop.look()
+    loop.now -= 1.5
+    assert loop.look(queued=20).wanted == 2
+    assert loop.look(queued=20).wanted == 5
+
+
+def test_a_router_that_is_silent_keeps_what_there_is():
+    """It may hold requests; nothing goes until it answers or is gone."""
+    behavior = {"scaleDown": {"stabilizationWindowSeconds": 0}}
+    loop = Loop(service(4, maxReplicas=9, behavior=behavior), ready=4)
+    found = [loop.look(silent=1) for _ in range(5)]
+    assert {view.wanted for view in found} == {4}
+    assert (found[-1].active, found[-1].reason) == (False, "RouterSilent")
+    assert loop.look().wanted == 1
 
 
 def test_a_queue_raises_the_number_and_the_status_says_why():
@@ -106,16 +131,17 @@ def test_a_restart_goes_on_where_it_was():
     loop = Loop(service(1, maxReplicas=9, behavior=behavior), ready=1)
     loop.look()
     assert loop.look(queued=40).wanted == 3
-    loop.state = None
+    loop.restart()
     assert loop.look(queued=40).wanted == 3
-    loop.state, loop.now = None, loop.now + 60
+    loop.restart()
+    loop.now += 60
     assert loop.look(queued=40).wanted == 5
 
 
 def test_without_routers_the_condition_says_so():
     """The number stays; ScalingActive turns false with a reason."""
-    found = scale(service(2, maxReplicas=9), observed(2), {}, {"r"}, None, 0.0)
-    assert (found.wanted, found.active, found.reason) == (2, False, "NoRouter")
+    view = Scalers().look("chat", service(2, maxReplicas=9), observed(2), 0.0)
+    assert (view.wanted, view.active, view.reason) == (2, False, "NoRouter")
 
 
 @pytest.mark.parametrize(("starting", "wanted"), [(0, 4), (4, 6)])
@@ -128,10 +154,9 @@ def test_replicas_under_way_count_as_such(starting, wanted):
         behavior={"scaleUp": {"policies": [{"type": "Pods", "value": 9, "periodSeconds": 15}]}},
     )
     status = AutoscalingStatus(desired=2 + starting)
-    world = observed(2, starting=starting, retiring=1, status=status)
     report = RouterReport(0.0, in_flight={"p0": 20.0, "p1": 20.0, "p2": 99.0})
-    found = scale(chat, world, {"r": report}, {"r"}, None, 0.0)
-    assert found.wanted == wanted
+    world = observed(2, report, starting=starting, retiring=1, status=status)
+    assert Scalers().look("chat", chat, world, 0.0).wanted == wanted
 
 
 def test_changes_in_the_status_are_bounded():
@@ -144,5 +169,3 @@ def test_changes_in_the_status_are_bounded():
     for number in range(120):
         found = loop.look(queued=0 if number % 2 else 36)
     assert len(found.status.changes) <= 32
-    assert found.state.memory is not None
-    assert replace(found.state) == found.state

@@ -33,6 +33,7 @@ from shoal.operator.metadata import (
 )
 from shoal.operator.observe import Observed
 from shoal.operator.revision import Revision
+from shoal.operator.scaler import planned_replicas
 
 TOKEN_KEY: Final = "token"  # of the group token's data
 
@@ -128,7 +129,7 @@ def _disruption_budget(service: InferenceService, observed: Observed) -> dict[st
     """One pod may go at a time, and with it its replica. A sole replica may go too: a budget
     that never allows an eviction would keep its node from ever being emptied."""
     sizes = [group_size(service.spec), *(pod.group_size for pod in observed.pods)]
-    pods = service.spec.replicas * min(sizes)
+    pods = planned_replicas(service, observed) * min(sizes)
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Final
 
 from shoal.api.routes import RouteTable
-from shoal.api.types import InferenceServiceStatus
+from shoal.api.types import AutoscalingStatus, InferenceServiceStatus
+from shoal.operator.autoscale_load import RouterReport
 from shoal.operator.revision import Revision
 
 # Reasons that time alone does not mend: somebody has to change something.
@@ -76,10 +77,16 @@ class EndpointView:
 
 @dataclass(frozen=True, slots=True)
 class RouterView:
-    """What one router says about the service: the table it acts on, and its endpoints by name."""
+    """What one router says about the service: the table it acts on, and its endpoints by name.
+
+    Its name and its report on the load are no part of what two views are compared by: a load
+    that changes is no reason to plan anew.
+    """
 
     generation: int
     endpoints: Mapping[str, EndpointView] = field(default_factory=lambda: MappingProxyType({}))
+    name: str = field(default="", compare=False)
+    report: RouterReport | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,17 @@ class Claim:
 
     model_id: str
     owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingView:
+    """What the autoscaler decided last."""
+
+    wanted: int  # replicas
+    status: AutoscalingStatus
+    active: bool  # whether metrics decide; else `reason` and `message` say what keeps them
+    reason: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +120,8 @@ class Observed:
     claims: tuple[Claim, ...] = ()
     url: str | None = None
     rejected: str | None = None  # why the cluster refused the pod that was to be made last
+    silent_routers: int = 0  # that take requests but did not answer lately; not among `routers`
+    scaling: ScalingView | None = None  # None: the number of replicas is the spec's
 
     def admitted(self, pod: ObservedPod) -> bool:
         """Whether every router that answered sends requests to this pod; False if none did."""

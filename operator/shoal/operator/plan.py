@@ -27,6 +27,7 @@ from shoal.operator.overlay import OverlayError, overlay_problems
 from shoal.operator.platform import KUBERNETES, Platform
 from shoal.operator.revision import Revision, revision_of
 from shoal.operator.rollout import Bounds, Member, Moves, next_moves
+from shoal.operator.scaler import planned_replicas
 from shoal.operator.status import Refusal, Situation, build_status
 from shoal.operator.table import closed_table, frozen_table, route_table
 from shoal.operator.unsupported import unsupported
@@ -117,7 +118,7 @@ def plan(
     wanted = revision_of(service.spec, platform.pods)
     active = _active(observed)
     target = active if frozen else wanted
-    bounds = _bounds(service)
+    bounds = _bounds(service, observed)
 
     moves = next_moves(
         [_member(pod, observed, target, active, frozen) for pod in observed.pods if not pod.lost],
@@ -214,9 +215,10 @@ def _overlay_faults(service: InferenceService, observed: Observed, platform: Pla
     return faults
 
 
-def _bounds(service: InferenceService) -> Bounds:
+def _bounds(service: InferenceService, observed: Observed) -> Bounds:
     rollout = service.spec.rollout
-    return Bounds(service.spec.replicas, rollout.max_surge, rollout.max_unavailable)
+    replicas = planned_replicas(service, observed)
+    return Bounds(replicas, rollout.max_surge, rollout.max_unavailable)
 
 
 def _active(observed: Observed) -> str | None:

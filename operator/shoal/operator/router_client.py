@@ -1,11 +1,14 @@
 """A router's own view of its replicas, for the planner."""
 
+import time
+from collections.abc import Callable
 from types import MappingProxyType
 from typing import Final
 
 import grpc
 
 from shoal.api.v1 import router_pb2, router_pb2_grpc
+from shoal.operator.autoscale_load import report_of
 from shoal.operator.observe import EndpointView, RouterView
 
 _CHANNEL_OPTIONS: Final = (
@@ -23,7 +26,9 @@ _CHANNEL_OPTIONS: Final = (
 class RouterClient:
     """Asks one router for its load; made and closed in one event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, wall: Callable[[], float] = time.time) -> None:
+        self._address = address
+        self._wall = wall
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
@@ -35,12 +40,15 @@ class RouterClient:
             load = await self._stub.GetLoad(request, timeout=within)
         except grpc.aio.AioRpcError as error:
             return {} if error.code() is grpc.StatusCode.NOT_FOUND else None
-        return {service.service: _view(service) for service in load.services}
+        now = self._wall()
+        return {found.service: self._view(found, now) for found in load.services}
 
     async def close(self) -> None:
         await self._channel.close(None)
 
-
-def _view(load: router_pb2.ServiceLoad) -> RouterView:
-    endpoints = {e.name: EndpointView(e.address, e.admitted, e.in_flight) for e in load.endpoints}
-    return RouterView(load.generation, MappingProxyType(endpoints))
+    def _view(self, load: router_pb2.ServiceLoad, now: float) -> RouterView:
+        endpoints = {
+            e.name: EndpointView(e.address, e.admitted, e.in_flight) for e in load.endpoints
+        }
+        report = report_of(load, now)
+        return RouterView(load.generation, MappingProxyType(endpoints), self._address, report)

@@ -1,14 +1,11 @@
-"""Autoscaling of one service between two plans: what is remembered, decided and shown. Pure.
+"""Autoscaling of services between plans: what is remembered, decided and shown.
 
-    reports (of routers) ─┐
-    observed pods ────────┼─> scale() ─> Scaled: the number to plan for, the next state, the status
-    state, status ────────┘
+    routers' reports, pods, status ─> Scalers.look() ─> ScalingView, which the planner plans for
 
-The state lives in the process; what limits have to know over a restart (the last number and its last
-changes) is in the status, which is written only when the number changes.
-"""  # noqa: E501
+What a process remembers may be lost: what limits have to know over a restart (the number and its
+last changes) is in the status, which is written only when the number changes.
+"""
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -17,11 +14,13 @@ from shoal.api.status import AutoscalingStatus, ScaleChange
 from shoal.api.types import InferenceService
 from shoal.operator.autoscale import Decision, Scaling, decide
 from shoal.operator.autoscale_behavior import Change, Memory
-from shoal.operator.autoscale_load import RouterReport, TtftHistory, total_load
+from shoal.operator.autoscale_load import TtftHistory, total_load
 from shoal.operator.autoscale_metrics import Replicas
 from shoal.operator.groups import groups_of
-from shoal.operator.observe import Observed
+from shoal.operator.observe import Observed, ScalingView
 
+LOOK_SECONDS = 2.0  # between two looks at a service
+STALE_SECONDS = 30.0  # a memory that is older has missed too much: it begins anew
 KEPT_CHANGES = 32  # as many as the status may hold
 
 
@@ -29,90 +28,124 @@ KEPT_CHANGES = 32  # as many as the status may hold
 class ScalerState:
     """What one process remembers of one service."""
 
-    wanted: int
+    looked: float  # Unix seconds
+    view: ScalingView
     memory: Memory
     history: TtftHistory = field(default_factory=TtftHistory)
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """The outcome of one look."""
+class Scalers:
+    """The memory of all services' autoscaling, in one process."""
 
-    wanted: int
-    state: ScalerState
-    status: AutoscalingStatus
-    active: bool  # for the condition ScalingActive
-    reason: str
-    message: str
+    def __init__(self) -> None:
+        self._states: dict[str, ScalerState] = {}
+
+    def look(
+        self, key: str, service: InferenceService, observed: Observed, now: float
+    ) -> ScalingView | None:
+        """What to plan for; None where the service has no autoscaling. `now` in Unix seconds.
+
+        May be called at any time: it decides anew every `LOOK_SECONDS`.
+        """
+        if service.spec.autoscaling is None:
+            self.forget(key)
+            return None
+        state = self._states.get(key)
+        if state is not None and not 0 <= now - state.looked < STALE_SECONDS:
+            state = None
+        if state is None or now >= state.looked + LOOK_SECONDS:
+            state = self._states[key] = scale(
+                service, service.spec.autoscaling, observed, state, now
+            )
+        return state.view
+
+    def wanted(self, key: str) -> int | None:
+        """The number decided last; None where there is none."""
+        state = self._states.get(key)
+        return state.view.wanted if state is not None else None
+
+    def forget(self, key: str) -> None:
+        """The service is gone, or scales by itself no more."""
+        self._states.pop(key, None)
+
+
+def planned_replicas(service: InferenceService, observed: Observed) -> int:
+    """The number of replicas to bring about: the autoscaler's where there is one."""
+    if observed.scaling is not None:
+        return observed.scaling.wanted
+    spec = service.spec.autoscaling
+    if spec is None:
+        return service.spec.replicas
+    return _first(service, spec, observed.status.autoscaling)
 
 
 def scale(
     service: InferenceService,
+    spec: AutoscalingSpec,
     observed: Observed,
-    reports: Mapping[str, RouterReport],
-    routers: Collection[str],
     state: ScalerState | None,
     now: float,
-) -> Scaled | None:
-    """The number of replicas to plan for; None where the service has no autoscaling.
-
-    `reports` holds each router's last report on the service, `routers` the names of those that
-    take requests. `state` None: the process has just begun to look at the service.
-    """
-    spec = service.spec.autoscaling
-    if spec is None:
-        return None
-    if state is None:
-        state = _restored(service, spec, observed.status.autoscaling, now)
-    load = total_load(reports, routers, state.history, now)
-    history = state.history.followed_by(reports, now)
+) -> ScalerState:
+    """One look. `state` None: the process has just begun to look at the service. Pure."""
+    shown = state.view.status if state is not None else observed.status.autoscaling
+    wanted = state.view.wanted if state is not None else _first(service, spec, shown)
+    memory = state.memory if state is not None else _memory(wanted, shown, now)
+    history = state.history if state is not None else TtftHistory()
+    reports = {view.name: view.report for view in observed.routers if view.report is not None}
+    silent = [f"silent {number}" for number in range(observed.silent_routers)]
+    load = total_load(reports, [*reports, *silent], history, now)
     scaling = Scaling(spec, service.spec.engine.max_num_seqs, enabled=service.spec.replicas > 0)
-    decision = decide(scaling, _replicas(observed, state.wanted), load, state.memory, now)
-    before = observed.status.autoscaling
-    return Scaled(
+    decision = decide(scaling, _replicas(observed, wanted), load, memory, now)
+    view = ScalingView(
         wanted=decision.wanted,
-        state=ScalerState(decision.wanted, decision.memory, history),
-        status=_status(before, decision, now),
+        status=_status(shown, decision, now),
         active=decision.active,
-        # Figures that change by themselves are not for the status: see AutoscalingStatus.reason.
+        # Which metric decides may change at every look: no news for a status.
         reason="MetricsDecide" if decision.active else decision.reason,
         message="" if decision.active else decision.message,
     )
+    return ScalerState(now, view, decision.memory, history.followed_by(reports, now))
 
 
-def _restored(
-    service: InferenceService, spec: AutoscalingSpec, status: AutoscalingStatus | None, now: float
-) -> ScalerState:
-    """A state from what the status says; from the spec for a service that is new."""
-    if status is None:
-        first = min(max(service.spec.replicas, spec.min_replicas), spec.max_replicas)
-        return ScalerState(first, Memory.began(first, (), now))
-    changes = tuple(Change(change.time.timestamp(), change.by) for change in status.changes)
-    return ScalerState(status.desired, Memory.began(status.desired, changes, now))
+def _first(
+    service: InferenceService, spec: AutoscalingSpec, status: AutoscalingStatus | None
+) -> int:
+    """The number to begin with: that of the status; for a new service the spec's."""
+    if status is not None:
+        return status.desired
+    if not service.spec.replicas:
+        return 0
+    return min(max(service.spec.replicas, spec.min_replicas), spec.max_replicas)
+
+
+def _memory(wanted: int, status: AutoscalingStatus | None, now: float) -> Memory:
+    changes = status.changes if status is not None else ()
+    return Memory.began(wanted, tuple(Change(c.time.timestamp(), c.by) for c in changes), now)
 
 
 def _replicas(observed: Observed, wanted: int) -> Replicas:
-    staying = [
-        pod
-        for pod in (group.as_replica() for group in groups_of(observed.pods))
-        if not pod.retiring
-    ]
+    groups = [group.as_replica() for group in groups_of(observed.pods)]
+    staying = [pod for pod in groups if not pod.retiring]
     ready = [pod.name for pod in staying if observed.routable(pod)]
     return Replicas(wanted, ready, [pod.name for pod in staying if pod.name not in ready])
 
 
 def _status(before: AutoscalingStatus | None, decision: Decision, now: float) -> AutoscalingStatus:
     """The status after a decision: the same as before as long as the number is."""
-    if before is not None and before.desired == decision.wanted:
+    if before is None:
+        return AutoscalingStatus(desired=decision.wanted, reason=decision.reason)
+    if before.desired == decision.wanted:
         return before
-    return AutoscalingStatus(
-        desired=decision.wanted,
-        last_scale_time=_time(now) if before is not None else None,
-        reason=decision.reason,
-        changes=tuple(
-            ScaleChange(time=_time(change.at), by=change.by)
-            for change in decision.memory.changes[-KEPT_CHANGES:]
-        ),
+    return before.model_copy(
+        update={
+            "desired": decision.wanted,
+            "last_scale_time": _time(now),
+            "reason": decision.reason,
+            "changes": tuple(
+                ScaleChange(time=_time(change.at), by=change.by)
+                for change in decision.memory.changes[-KEPT_CHANGES:]
+            ),
+        }
     )
 
 

@@ -17,13 +17,14 @@ from shoal.api.types import (
     InferenceServiceStatus,
 )
 from shoal.operator.metadata import selector
-from shoal.operator.observe import Observed, ObservedPod
+from shoal.operator.observe import Observed, ObservedPod, ScalingView
 from shoal.operator.rollout import Bounds
 
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 CRASH_LOOP: Final = "CrashLoopBackOff"
 FETCHING: Final = "FetchingModel"
 FETCH_FAILED: Final = "FetchFailed"
+WOKEN: Final = "WokenByRequest"  # the autoscaler's word
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
         url=observed.url,
         active_revision=active,
         previous_revision=previous,
+        autoscaling=observed.scaling.status if observed.scaling is not None else None,
         conditions=tuple(
             _dated(condition, before, generation, now) for condition in _conditions(situation)
         ),
@@ -109,14 +111,29 @@ class _Verdict:
 
 
 def _conditions(situation: Situation) -> list[_Verdict]:
+    scaling = situation.observed.scaling
     return [
         _ready(situation),
         _model_cached(situation),
         _replicas_ready(situation),
         _routable(situation),
         _progressing(situation),
+        *([_scaling_active(scaling)] if scaling is not None else []),
         _degraded(situation),
     ]
+
+
+def _scaling_active(scaling: ScalingView) -> _Verdict:
+    status = TRUE if scaling.active else FALSE
+    return _Verdict(ConditionType.SCALING_ACTIVE, status, scaling.reason, scaling.message)
+
+
+def _at_zero(kind: ConditionType, situation: Situation) -> _Verdict:
+    """Nobody serves, as it is wanted."""
+    if situation.service.spec.replicas and situation.observed.scaling is not None:
+        message = "no request came for spec.autoscaling.scaleToZero.idleSeconds; the next one "
+        return _Verdict(kind, FALSE, "ScaledToZero", f"{message}starts a replica")
+    return _Verdict(kind, FALSE, "ScaledToZero", "spec.replicas is 0")
 
 
 def _ready(situation: Situation) -> _Verdict:
@@ -124,7 +141,7 @@ def _ready(situation: Situation) -> _Verdict:
     if situation.refusals:
         return _refused(kind, situation)
     if not wanted:
-        return _Verdict(kind, FALSE, "ScaledToZero", "spec.replicas is 0")
+        return _at_zero(kind, situation)
     if situation.routable >= max(1, situation.bounds.floor):
         message = f"{situation.routable} of {wanted} replicas take requests"
         return _Verdict(kind, TRUE, "Serving", message)
@@ -179,7 +196,7 @@ def _routable(situation: Situation) -> _Verdict:
             f"routers send requests to {routable} of {situation.bounds.replicas} replicas",
         )
     if not situation.bounds.replicas:
-        return _Verdict(kind, FALSE, "ScaledToZero", "spec.replicas is 0")
+        return _at_zero(kind, situation)
     if not situation.ready:
         return _Verdict(kind, FALSE, "NotReady", "no replica is ready")
     if not situation.observed.routers:
@@ -224,9 +241,16 @@ def _degraded(situation: Situation) -> _Verdict:
         lost = situation.lost[0]
         return _Verdict(kind, TRUE, lost.reason or "ReplicaLost", _pod_sentence(lost))
     served = situation.observed.status.active_revision is not None
-    if served and situation.bounds.replicas and not situation.routable:
+    if served and situation.bounds.replicas and not situation.routable and not _wakes(situation):
         return _Verdict(kind, TRUE, "NobodyServes", _ready(situation).message)
     return _Verdict(kind, FALSE, "AsWanted", "")
+
+
+def _wakes(situation: Situation) -> bool:
+    """Whether a service that was at zero starts its first replicas, as it is meant to."""
+    scaling = situation.observed.scaling
+    woken = scaling is not None and scaling.status.reason == WOKEN
+    return woken and not any(pod.restarts for pod in situation.staying)
 
 
 def _refused(kind: ConditionType, situation: Situation) -> _Verdict:

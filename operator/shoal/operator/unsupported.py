@@ -19,7 +19,6 @@ _NOT_YET = (
     ("engine", "kv_cache_dtype"),
     ("engine", "speculative"),
     ("engine", "deterministic"),
-    ("autoscaling",),
     ("rollout", "in_flight"),
     ("rollout", "canary"),
     ("cost",),

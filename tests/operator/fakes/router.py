@@ -1,6 +1,7 @@
 """A router without requests: admits what its route tables list, and says so by GetLoad.
 
-A file <pod>.busy beside the tables makes a pod look as if it had requests in flight.
+A file <pod>.busy beside the tables makes a pod look as if it had requests in flight;
+<service>.queued holds the number of requests that wait, <service>.idle the seconds since the last.
 """
 
 import argparse
@@ -31,6 +32,8 @@ class Router(router_pb2_grpc.RouterServicer):
         return router_pb2.ServiceLoad(
             service=table.service,
             generation=table.generation,
+            queued=int(self.figure(table.service, "queued")),
+            idle_seconds=self.figure(table.service, "idle"),
             endpoints=[
                 router_pb2.EndpointLoad(
                     name=e.name,
@@ -42,6 +45,10 @@ class Router(router_pb2_grpc.RouterServicer):
                 for e in table.endpoints
             ],
         )
+
+    def figure(self, service: str, name: str) -> float:
+        path = self.routes / f"{service}.{name}"
+        return float(path.read_text()) if path.exists() else 0.0
 
 
 def connects(address: str) -> bool:

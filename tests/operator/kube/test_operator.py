@@ -460,3 +460,28 @@ def _holder(api: FakeApi) -> str:
 
 def _pod_owners(api: FakeApi) -> set[str]:
     return {pod["metadata"]["ownerReferences"][0]["uid"] for pod in api.objects[PODS].values()}
+
+
+def test_the_autoscaler_gives_the_number_of_replicas() -> None:
+    """Its bounds stand above the spec's number, its status survives a restart, and as long as
+    nothing is known of the load nothing moves and nothing is written."""
+
+    async def check(api: FakeApi) -> None:
+        pods_become_ready(api)
+        scaling = {"minReplicas": 2, "maxReplicas": 3}
+        api.put(INFERENCE_SERVICES, inference_service(replicas=1, autoscaling=scaling))
+        async with operating(api):
+            await until(lambda: status(api)["readyReplicas"] == 2)
+            await until(lambda: condition(api, "ScalingActive")["reason"] == "NoRouter")
+            await quiet(api, 2.5)
+        assert status(api)["autoscaling"]["desired"] == 2
+        assert api.get(DISRUPTION_BUDGETS, "default", "chat")["spec"]["minAvailable"] == 1
+        before = len(api.writes)
+        change(api, replicas=3)
+        async with operating(api, identity="next"):
+            await until(lambda: status(api)["observedGeneration"] == 2)
+            await quiet(api)
+        assert len(api.names(PODS)) == 2
+        assert len(api.writes) > before
+
+    run(check)

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from shoal.operator.autoscale_load import RouterReport
 from shoal.operator.kube.routers import RouterFleet, RouterPace
 from shoal.operator.observe import EndpointView, RouterView
 
@@ -213,5 +214,54 @@ def test_few_services_under_way_are_asked_about_alone() -> None:
         await until(lambda: routers.asked.count(CHAT) > 3)
         assert routers.asked.count("") == 1
         assert fleet.views("default/other") == (RouterView(3),)
+
+    lead(fleet, check)
+
+
+def test_a_first_request_that_waits_is_news_where_load_decides() -> None:
+    """A service at zero wakes at once; more requests, or those of other services, wake nobody."""
+    routers, told = Routers("10.0.0.1"), Told()
+    fleet = fleet_of(routers, told, idle=30.0, scaled=0.02)
+
+    def say(queued: int) -> None:
+        report = RouterReport(0.0, queued)
+        views = {name: RouterView(7, report=report) for name in (CHAT, "default/other")}
+        routers.says["10.0.0.1"] = dict(views)
+
+    def heard(queued: int) -> bool:
+        report = fleet.views(CHAT)[0].report
+        return report is not None and report.queued == queued
+
+    async def check() -> None:
+        fleet.scales(CHAT, True)
+        fleet.under_way(CHAT, True)  # which ends the long pause that has begun
+        await until(lambda: routers.asked.count(CHAT) > 0)
+        fleet.under_way(CHAT, False)
+        say(0)
+        await until(lambda: heard(0))
+        told.services.clear()
+        say(1)
+        await until(lambda: heard(1))
+        assert told.services == [CHAT]
+        say(9)
+        await until(lambda: heard(9))
+        assert told.services == [CHAT]
+
+    lead(fleet, check)
+
+
+def test_a_ready_router_that_does_not_answer_is_counted_as_silent() -> None:
+    """It may hold requests; one whose pod is not ready any more takes none."""
+    routers = Routers("10.0.0.1", "10.0.0.2")
+    fleet = fleet_of(routers, Told())
+
+    async def check() -> None:
+        await until(lambda: len(fleet.views(CHAT)) == 2)
+        assert fleet.silent() == 0
+        routers.says["10.0.0.2"] = None
+        await until(lambda: fleet.silent() == 1)
+        routers.ready["10.0.0.2"] = False
+        await until(lambda: fleet.silent() == 0)
+        assert len(fleet.views(CHAT)) == 1
 
     lead(fleet, check)

@@ -23,6 +23,7 @@ def observe(
     live: Json,
     *,
     routers: tuple[RouterView, ...],
+    silent_routers: int,
     claims: tuple[Claim, ...],
     url: str | None,
     progress: Mapping[str, str],
@@ -39,6 +40,7 @@ def observe(
     return Observed(
         pods=pods,
         routers=routers,
+        silent_routers=silent_routers,
         table=_table(world, live),
         revisions=tuple(r for r in revisions if r is not None),
         status=read_status(live),

@@ -37,6 +37,7 @@ from shoal.operator.kube.workers import Workers
 from shoal.operator.kube.workqueue import Pace, WorkQueue
 from shoal.operator.kube.world import World
 from shoal.operator.router_client import RouterClient
+from shoal.operator.scaler import Scalers
 
 log: Final = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ _RETRY_SECONDS: Final = 1.0
 _ROUTERS_SECONDS: Final = 4.0
 _STUCK_SECONDS: Final = 120.0
 _RELEASE_SECONDS: Final = 5.0
+_CLOSE_SECONDS: Final = 2.0
 
 # Feeds the operator until the event is set: (feed, listed, stop, ready). See `handlers.watch`.
 Watch = Callable[
@@ -98,6 +100,7 @@ class _Operator:
             changed=self._wake,
             all_changed=self._wake_all,
         )
+        self._scalers = Scalers()
         reconciler = Reconciler(
             self._world,
             self._book,
@@ -105,6 +108,7 @@ class _Operator:
             self._fleet,
             self._progress,
             self._events,
+            self._scalers,
             Surroundings(
                 platform=settings.platform,
                 url=f"{settings.router_url}/v1" if settings.router_url else None,
@@ -159,7 +163,8 @@ class _Operator:
             await asyncio.wait([leading], timeout=_RELEASE_SECONDS)
             stop_watching.set()
             for task in (leading, lists, signals, asked, watches):
-                await _end(task)
+                task.cancel()
+            await asyncio.wait([lists, watches], timeout=_CLOSE_SECONDS)
 
     async def _take_signals(self, stop: asyncio.Event) -> None:
         """The watches' framework takes the signals when it starts; here they are taken back."""
@@ -258,9 +263,11 @@ class _Operator:
             self._relist.set()
 
     def _figures(self) -> Mapping[str, ServiceFigures]:
-        return {
-            key: ServiceFigures(service.spec.replicas) for key, service in self._book.readable()
-        }
+        figures = {}
+        for key, service in self._book.readable():
+            wanted = self._scalers.wanted(key)
+            figures[key] = ServiceFigures(service.spec.replicas if wanted is None else wanted)
+        return figures
 
 
 async def _first(*coroutines: Awaitable[object]) -> None:

@@ -24,6 +24,7 @@ from shoal.operator.kube.world import Key, World, uid_of
 from shoal.operator.observe import Observed
 from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
+from shoal.operator.scaler import LOOK_SECONDS, Scalers
 
 log: Final = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Reconciler:
         fleet: RouterFleet,
         progress: FetchProgress,
         events: EventPoster,
+        scalers: Scalers,
         around: Surroundings,
     ) -> None:
         self._world = world
@@ -62,6 +64,7 @@ class Reconciler:
         self._events = events
         self._around = around
         self._rejected: dict[str, tuple[int, str]] = {}  # by service: generation, sentence
+        self._scalers = scalers
 
     async def reconcile(self, key: str) -> float | None:
         """Looks at the service `namespace/name` once.
@@ -75,6 +78,8 @@ class Reconciler:
         if live is None or entry is None:
             # Owner references take everything along; what is being deleted is not mended.
             self._fleet.under_way(key, False)
+            self._fleet.scales(key, False)
+            self._scalers.forget(key)
             self._progress.follow(key, ())
             self._rejected.pop(key, None)
             return None
@@ -87,6 +92,7 @@ class Reconciler:
         observed = self._observe(where, key, service)
         decided = self._plan(service, observed)
         self._fleet.under_way(key, _waits_for_routers(observed, decided))
+        self._fleet.scales(key, observed.scaling is not None)
         acted, again = False, None
         try:
             acted = await self._bring_about(service, observed, decided)
@@ -107,6 +113,8 @@ class Reconciler:
         await self._tell(where, service, observed, decided.status)
         if again is None and any(pod.retiring for pod in observed.pods):
             return _DRAIN_SECONDS
+        if again is None and observed.scaling is not None:
+            return LOOK_SECONDS
         return again
 
     def _observe(self, where: Key, key: str, service: InferenceService) -> Observed:
@@ -119,12 +127,15 @@ class Reconciler:
             key,
             live,
             routers=self._fleet.views(key),
+            silent_routers=self._fleet.silent(),
             claims=self._book.claims(key),
             url=self._around.url,
             progress=self._progress.lines,
         )
         same = generation == service.metadata.generation
-        return replace(observed, rejected=sentence) if same else observed
+        observed = replace(observed, rejected=sentence if same else None)
+        scaling = self._scalers.look(key, service, observed, self._around.wall())
+        return replace(observed, scaling=scaling)
 
     def _plan(self, service: InferenceService, observed: Observed) -> Plan:
         return plan(service, observed, self._around.wall(), self._around.platform)

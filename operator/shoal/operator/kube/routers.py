@@ -43,7 +43,8 @@ class RouterPace:
 
     few: float = 0.25  # between two questions while few services are under way
     eager: float = 1.0  # while many are
-    idle: float = 5.0  # while none is
+    scaled: float = 2.0  # while any scales by its load
+    idle: float = 5.0  # else
     find: float = 1.0  # between two lists of the router pods, at least
     settle: float = 3.0  # from ready until it counts
     answer: float = 3.0  # longest wait for one answer
@@ -55,6 +56,7 @@ class _Router:
     calls: RouterCalls
     views: Views = field(default_factory=lambda: MappingProxyType({}))
     counts_from: float = float("inf")  # when it is ready, and has been for a moment
+    ready: bool = False  # says its pod
     answered: bool = False  # at least once
     silent_since: float | None = None  # when it was first asked without an answer
     asking: asyncio.Task[None] | None = None
@@ -87,6 +89,7 @@ class RouterFleet:
         self._pace = pace
         self._routers: dict[str, _Router] = {}  # by address
         self._under_way: set[str] = set()
+        self._scaled: set[str] = set()
         self._hurry = asyncio.Event()
         self._counted: frozenset[str] = frozenset()
         self._found_at: float | None = None
@@ -100,6 +103,21 @@ class RouterFleet:
             if self._counts(router)
         )
 
+    def silent(self) -> int:
+        """Routers that take requests but have not answered for a while."""
+        now = self._clock()
+        return sum(
+            router.ready and now >= router.counts_from and not self._counts(router)
+            for router in self._routers.values()
+        )
+
+    def scales(self, service: str, by_load: bool) -> None:
+        """Whether the number of the service's replicas follows what routers say."""
+        if by_load:
+            self._scaled.add(service)
+        else:
+            self._scaled.discard(service)
+
     def under_way(self, service: str, busy: bool) -> None:
         """Whether the service waits for what routers say next."""
         if not busy:
@@ -111,6 +129,7 @@ class RouterFleet:
     def rest(self) -> None:
         """Nothing is under way: this operator does not lead."""
         self._under_way.clear()
+        self._scaled.clear()
 
     async def run(self, asked_once: asyncio.Event) -> None:
         """Asks for ever; `asked_once` is set after each router was asked once."""
@@ -121,7 +140,7 @@ class RouterFleet:
                 asked_once.set()
                 if not self._under_way:
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._hurry.wait(), self._pace.idle)
+                        await asyncio.wait_for(self._hurry.wait(), self._all_seconds())
                 # What has just begun is not known to routers yet.
                 few = len(self._under_way) <= _FEW
                 await asyncio.sleep(self._pace.few if few else self._pace.eager)
@@ -152,10 +171,14 @@ class RouterFleet:
             self._counted = counted
             self._all_changed()
 
+    def _all_seconds(self) -> float:
+        """Between two questions about all services."""
+        return self._pace.scaled if self._scaled else self._pace.idle
+
     def _question(self) -> tuple[str, ...]:
         """The services to ask about; "" is all."""
         now = self._clock()
-        if 0 < len(self._under_way) <= _FEW and now - self._asked_all_at < self._pace.idle:
+        if 0 < len(self._under_way) <= _FEW and now - self._asked_all_at < self._all_seconds():
             return tuple(sorted(self._under_way))
         self._asked_all_at = now
         return ("",)
@@ -176,6 +199,7 @@ class RouterFleet:
             if address not in self._routers:
                 self._routers[address] = _Router(self._connect(address))
             router = self._routers[address]
+            router.ready = is_ready
             if is_ready:
                 router.counts_from = min(router.counts_from, now + settle)
         self._found_at = now
@@ -199,7 +223,10 @@ class RouterFleet:
                     self._changed(name)
 
     def _differs(self, service: str, before: RouterView | None, after: RouterView | None) -> bool:
-        """Requests come and go all the time; their number matters while a pod drains."""
+        """Requests come and go all the time; their number matters while a pod drains, and a first
+        one that waits while nobody serves."""
+        if service in self._scaled and after is not None and _waits(after) and not _waits(before):
+            return True
         if service in self._under_way or before is None or after is None:
             return before != after
         return before.generation != after.generation or {
@@ -216,6 +243,11 @@ class RouterFleet:
         if router.asking is not None:
             router.asking.cancel()
         await router.calls.close()
+
+
+def _waits(view: RouterView | None) -> bool:
+    """Whether any request waits in this router's queue."""
+    return view is not None and view.report is not None and view.report.queued > 0
 
 
 def _is_ready(status: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """One service on this machine: look, plan, act. The planner decides, this carries it out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from shoal.api.types import (
 from shoal.operator.local.pods import Pods
 from shoal.operator.local.settings import Update
 from shoal.operator.local.store import Store
-from shoal.operator.observe import Claim, Observed, RouterView
+from shoal.operator.observe import Claim, Observed, RouterView, ScalingView
 from shoal.operator.plan import (
     Action,
     CreatePod,
@@ -31,6 +32,7 @@ from shoal.operator.plan import (
 )
 from shoal.operator.platform import LOCAL
 from shoal.operator.revision import Revision
+from shoal.operator.scaler import Scalers
 
 # The conditions that are announced, each with the status that means trouble.
 _TROUBLE = {
@@ -51,6 +53,7 @@ class Reconciler:
         self._pods = pods
         self._url = url
         self._resting: dict[str, tuple[object, float]] = {}
+        self._scalers = Scalers()
 
     def reconcile(
         self,
@@ -64,10 +67,11 @@ class Reconciler:
         `views` is what the router said last, None where it does not answer.
         """
         name = service.name
-        inputs = (service, claims, self._routers(name, views), self._pods.observed(name))
+        scaling = self._scaling(service, views, now)
+        inputs = (service, claims, self._routers(name, views), self._pods.observed(name), scaling)
         if self._rests(name, inputs, now):
             return False, []
-        observed = self._observe(name, claims, views)
+        observed = replace(self._observe(name, claims, views), scaling=scaling)
         decided = plan(service, observed, now, LOCAL)
         for action in decided.actions:
             self._perform(name, action)
@@ -87,6 +91,7 @@ class Reconciler:
         if actions or observed.pods:
             return False
         self._store.forget(name)
+        self._scalers.forget(name)
         return True
 
     def _rests(self, name: str, inputs: object, now: float) -> bool:
@@ -100,6 +105,22 @@ class Reconciler:
             return False
         self._resting[name] = (before, until)
         return True
+
+    def _scaling(
+        self, service: InferenceService, views: Mapping[str, RouterView] | None, now: float
+    ) -> ScalingView | None:
+        """What the autoscaler wants, without a look at the disk once it has begun."""
+        name = service.name
+        if service.spec.autoscaling is None:
+            self._scalers.forget(name)
+            return None
+        known = self._scalers.wanted(name) is not None
+        observed = Observed(
+            pods=self._pods.observed(name),
+            routers=self._routers(name, views),
+            status=_read_status(None if known else self._store.status(name)),
+        )
+        return self._scalers.look(name, service, observed, now)
 
     def _routers(self, name: str, views: Mapping[str, RouterView] | None) -> tuple[RouterView, ...]:
         # A router that answers but does not know the service acts on no table of it.

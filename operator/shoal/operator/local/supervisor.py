@@ -199,9 +199,10 @@ class _Supervisor:
         try:
             while True:
                 views = await client.views(within=2.0)
-                if views != self._views:
-                    self._views = views
+                scales = any(service.spec.autoscaling for service in self._services.values())
+                if views != self._views or scales:
                     self._wake.set()
+                self._views = views
                 pause = self._settings.load_seconds if self._settled else _EAGER_SECONDS
                 await asyncio.sleep(pause)
         finally:
