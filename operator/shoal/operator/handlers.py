@@ -21,7 +21,8 @@ _WATCH_SECONDS: Final = 300  # the API server ends a watch after that, and it go
 _DEAF_SECONDS: Final = 90  # without even a bookmark, the connection counts as dead
 _CALL_SECONDS: Final = 30
 _CONNECT_SECONDS: Final = 5
-_IDLE_SECONDS: Final = 1
+_IDLE_SECONDS: Final = 0.1
+_PAGE: Final = 100
 # Read by peers only, and there are none. Unset, kopf looks up the name of its user, and the user
 # of a container has none. (Its type is private to kopf.)
 _IDENTITY: Final[Any] = "shoal-operator"
@@ -112,7 +113,10 @@ def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False  # events are the operator's own business
     settings.scanning.disabled = True  # the kinds are known
-    settings.queueing.idle_timeout = _IDLE_SECONDS  # a task an object, while it has news
+    # A task an object lives for as long as it has news, and lists come in pages: what waits to
+    # be taken note of is never all that there is.
+    settings.queueing.idle_timeout = _IDLE_SECONDS
+    settings.watching.chunk_size = _PAGE
     settings.watching.server_timeout = _WATCH_SECONDS
     settings.watching.inactivity_timeout = _DEAF_SECONDS
     settings.watching.connect_timeout = _CONNECT_SECONDS

@@ -17,7 +17,8 @@ from shoal.operator.kube.errors import ApiError, NotLeading
 from shoal.operator.kube.kinds import Kind
 
 CALL_SECONDS: Final = 10.0
-PAGE: Final = 500
+PAGE: Final = 100  # objects: many small answers leave less behind than one large
+_METADATA_PAGE: Final = 500
 _CONNECTIONS: Final = 32
 _WRITES: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -92,7 +93,7 @@ class Api:
         metadata_only: bool = False,
     ) -> AsyncIterator[tuple[list[Json], str]]:
         """As `pages`, for any label selector."""
-        query = {"limit": str(PAGE)}
+        query = {"limit": str(_METADATA_PAGE if metadata_only else PAGE)}
         if selector is not None:
             query["labelSelector"] = selector
         headers = {"Accept": _METADATA_LIST} if metadata_only else {}
