@@ -1,7 +1,7 @@
 """A router's own view of its replicas, for the planner."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import MappingProxyType
 from typing import Final
 
@@ -32,23 +32,28 @@ class RouterClient:
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
-    async def views(self, within: float, service: str = "") -> dict[str, RouterView] | None:
+    async def views(
+        self, within: float, service: str = "", scaled: Collection[str] = ()
+    ) -> dict[str, RouterView] | None:
         """By service, what the router acts on, of one alone where it is named; None where it does
-        not answer."""
+        not answer. Those of the services `scaled` come with a report on their load."""
         request = router_pb2.GetLoadRequest(service=service)
         try:
             load = await self._stub.GetLoad(request, timeout=within)
         except grpc.aio.AioRpcError as error:
             return {} if error.code() is grpc.StatusCode.NOT_FOUND else None
         now = self._wall()
-        return {found.service: self._view(found, now) for found in load.services}
+        return {
+            found.service: self._view(found, now if found.service in scaled else None)
+            for found in load.services
+        }
 
     async def close(self) -> None:
         await self._channel.close(None)
 
-    def _view(self, load: router_pb2.ServiceLoad, now: float) -> RouterView:
+    def _view(self, load: router_pb2.ServiceLoad, reported: float | None) -> RouterView:
         endpoints = {
             e.name: EndpointView(e.address, e.admitted, e.in_flight) for e in load.endpoints
         }
-        report = report_of(load, now)
+        report = report_of(load, reported) if reported is not None else None
         return RouterView(load.generation, MappingProxyType(endpoints), self._address, report)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from typing import Any
 
 from shoal.operator.autoscale_load import RouterReport
@@ -49,7 +49,9 @@ class Connection:
     def __init__(self, routers: Routers, address: str) -> None:
         self.routers, self.address, self.closed = routers, address, False
 
-    async def views(self, within: float, service: str = "") -> dict[str, RouterView] | None:
+    async def views(
+        self, within: float, service: str = "", scaled: Collection[str] = ()
+    ) -> dict[str, RouterView] | None:
         assert not self.closed, "a closed connection was used"
         self.routers.asked.append(service)
         said = self.routers.says[self.address]

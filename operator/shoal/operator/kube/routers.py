@@ -9,7 +9,7 @@ services would seem to be served less.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -32,7 +32,9 @@ Views = Mapping[str, RouterView]
 class RouterCalls(Protocol):
     """A connection to one router."""
 
-    async def views(self, within: float, service: str = "") -> Views | None: ...
+    async def views(
+        self, within: float, service: str = "", scaled: Collection[str] = ()
+    ) -> Views | None: ...
 
     async def close(self) -> None: ...
 
@@ -207,7 +209,7 @@ class RouterFleet:
     async def _ask(self, address: str, router: _Router, services: tuple[str, ...]) -> None:
         for service in services:
             began = self._clock()
-            said = await router.calls.views(self._pace.answer, service)
+            said = await router.calls.views(self._pace.answer, service, self._scaled)
             if said is None:
                 if router.silent_since is None:
                     router.silent_since = began

@@ -198,9 +198,9 @@ class _Supervisor:
         client = RouterClient(self._info.grpc_address)
         try:
             while True:
-                views = await client.views(within=2.0)
-                scales = any(service.spec.autoscaling for service in self._services.values())
-                if views != self._views or scales:
+                scaled = {n for n, s in self._services.items() if s.spec.autoscaling is not None}
+                views = await client.views(within=2.0, scaled=scaled)
+                if views != self._views or scaled:
                     self._wake.set()
                 self._views = views
                 pause = self._settings.load_seconds if self._settled else _EAGER_SECONDS
