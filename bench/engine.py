@@ -2,9 +2,9 @@
 
     python -m bench.engine [--rounds 5] [--peers shoal,transformers,...]
 
-shoal-torch is the engine without its native library, shoal-int8 has int8 weights. Every peer is a process that loads once; a
-round runs each workload on each peer in turn, so a drifting machine hits all alike. Ratios are
-taken round by round. llama.cpp takes part where `--llama-python` (or
+shoal-torch is the engine without its native library, shoal-int8 has int8 weights. Every peer is
+a process that loads once; a round runs each workload on each peer in turn, so a drifting machine
+hits all alike. Ratios are taken round by round. llama.cpp takes part where `--llama-python` (or
 SHOAL_BENCH_LLAMA_PYTHON) names a Python that has llama-cpp-python.
 Writes a table, a JSON file and a plot to bench/results/.
 """
