@@ -197,7 +197,8 @@ def _text(live: Mapping[str, Any]) -> bytes:
         meta["annotations"] = {
             key: value for key, value in meta["annotations"].items() if key != _DROPPED_ANNOTATION
         }
-    return orjson.dumps({**live, "metadata": meta})
+    # orjson's own result keeps a buffer of several times its size; the copy does not.
+    return bytes(memoryview(orjson.dumps({**live, "metadata": meta})))
 
 
 def _node_ready(node: Mapping[str, Any]) -> bool:
