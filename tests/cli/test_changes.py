@@ -117,6 +117,17 @@ def test_scale_writes_replicas(served: Any) -> None:
     assert served.store.get("chat").spec.replicas == 3
 
 
+def test_scale_leaves_the_number_to_the_autoscaler(served: Any) -> None:
+    """A number that has no effect is refused; 0 switches the service off, 1 on again."""
+    served.shoal("apply", "-f", served.write(autoscaling={"maxReplicas": 4}))
+    refused = served.shoal("scale", "chat", "3")
+    assert refused.exit_code == 1
+    assert "spec.autoscaling decides the number of replicas" in refused.stderr
+    assert served.shoal("scale", "chat", "0").exit_code == 0
+    assert served.shoal("scale", "chat", "1").exit_code == 0
+    assert served.store.get("chat").spec.replicas == 1
+
+
 def test_scale_waits_for_replicas_that_take_requests(served: Any) -> None:
     """--wait returns when the supervisor reports so many routable replicas of this generation."""
     served.shoal("apply", "-f", served.write())
