@@ -89,7 +89,7 @@ DIED = {"exitCode": 1, "reason": "Error", "message": "cannot serve: no such file
         (
             pod(containers=[waiting("CrashLoopBackOff", last=DIED)]),
             "CrashLoopBackOff",
-            ["container worker", "exit code 1: cannot serve: no such file; it starts again"],
+            ["container worker", "exit code 1: cannot serve: no such file; it is started again"],
         ),
         (
             pod(containers=[waiting("CrashLoopBackOff", last=OOM)]),
@@ -100,13 +100,13 @@ DIED = {"exitCode": 1, "reason": "Error", "message": "cannot serve: no such file
             pod(containers=[{**RUNNING, "started": False, "ready": False,
                              "lastState": {"terminated": OOM}}]),
             "OOMKilled",
-            ["it has started again"],
+            ["it is started again"],
         ),
         (
             pod(containers=[{**RUNNING, "started": False, "ready": False,
                              "lastState": {"terminated": DIED}}]),
             "Restarted",
-            ["exit code 1", "it has started again"],
+            ["exit code 1", "it is started again"],
         ),
         (
             pod(containers=[{**RUNNING, "ready": False}]),

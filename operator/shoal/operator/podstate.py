@@ -141,7 +141,7 @@ def _container_trouble(
     if (now := state.get("terminated")) is not None:
         if init and now.get("exitCode") == 0:
             return None
-        return _termination(container, now, "starts again", restarts)
+        return _termination(container, now, restarts)
     if (waiting := state.get("waiting")) is not None:
         reason, said = waiting.get("reason") or "Waiting", _words(waiting.get("message"))
         if reason in _IMAGE_REASONS:
@@ -150,14 +150,14 @@ def _container_trouble(
                 f"{said or reason}; check its name, and imagePullSecrets in the pod defaults"
             )
         if reason == "CrashLoopBackOff" and before is not None:
-            return _termination(container, before, "starts again after a pause", _MANY_RESTARTS)
+            return _termination(container, before, _MANY_RESTARTS)
         if reason in ("PodInitializing", "ContainerCreating"):
             return (reason, f"container {name} is being created") if not init else None
         return _word(reason), f"container {name}: {said or reason}"
     if init:
         percent = _percent(progress)
         if before is not None and restarts >= _MANY_RESTARTS and percent is None:
-            return _termination(container, before, "has started again", restarts)
+            return _termination(container, before, restarts)
         if name == FETCH_CONTAINER:
             so_far = f", {percent} % so far" if percent is not None else ""
             return "FetchingModel", f"container {name} downloads the model{so_far}"
@@ -165,7 +165,7 @@ def _container_trouble(
     if status.get("ready"):
         return None
     if before is not None and not status.get("started"):
-        return _termination(container, before, "has started again", restarts)
+        return _termination(container, before, restarts)
     if status.get("started"):
         return "Unhealthy", f"container {name} runs but its readiness probe fails"
     return "Starting", f"container {name} loads the model" if name == WORKER_CONTAINER else (
@@ -174,17 +174,17 @@ def _container_trouble(
 
 
 def _termination(
-    container: Mapping[str, Any], terminated: Mapping[str, Any], next_step: str, restarts: int
+    container: Mapping[str, Any], terminated: Mapping[str, Any], restarts: int
 ) -> tuple[str, str]:
     """Why a container ended. One that does so again and again has that reason also while it
-    starts anew: it would come and go otherwise."""
+    starts anew, and the same words: they would come and go otherwise."""
     name, code = container["name"], terminated.get("exitCode")
     if terminated.get("reason") == "OOMKilled":
         limit = container.get("resources", {}).get("limits", {}).get("memory")
         cause = f"its memory limit of {limit}" if limit else "the memory of its node"
         return "OOMKilled", (
             f"container {name} was killed for using more than {cause}: raise "
-            f"spec.resources.memory, or lower spec.engine.maxModelLen or maxNumSeqs; it {next_step}"
+            f"spec.resources.memory, or lower spec.engine.maxModelLen or maxNumSeqs; it is started again"
         )
     said = _words(terminated.get("message"))
     ended = (
@@ -192,7 +192,7 @@ def _termination(
         if terminated.get("signal")
         else (f"ended with exit code {code}")
     )
-    message = f"container {name} {ended}{f': {said}' if said else ''}; it {next_step}"
+    message = f"container {name} {ended}{f': {said}' if said else ''}; it is started again"
     if name == FETCH_CONTAINER:
         return "FetchFailed", message
     return "CrashLoopBackOff" if restarts >= _MANY_RESTARTS else "Restarted", message
