@@ -184,13 +184,14 @@ def _termination(
         cause = f"its memory limit of {limit}" if limit else "the memory of its node"
         return "OOMKilled", (
             f"container {name} was killed for using more than {cause}: raise "
-            f"spec.resources.memory, or lower spec.engine.maxModelLen or maxNumSeqs; it is started again"
+            f"spec.resources.memory, or lower spec.engine.maxModelLen or maxNumSeqs; "
+            f"it is started again"
         )
     said = _words(terminated.get("message"))
     ended = (
         f"ended by signal {terminated['signal']}"
         if terminated.get("signal")
-        else (f"ended with exit code {code}")
+        else f"ended with exit code {code}"
     )
     message = f"container {name} {ended}{f': {said}' if said else ''}; it is started again"
     if name == FETCH_CONTAINER:
