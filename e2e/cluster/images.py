@@ -21,7 +21,7 @@ ROOMS: Final[Mapping[str, tuple[str, ...]]] = {
     "operator": ("api", "operator"),
 }
 BASE: Final = "localhost/debian-python:bookworm"
-KEPT: Final = 4  # archives of a component, newest first
+KEPT: Final = 2  # archives of a component, newest first
 SECONDS: Final = 900.0
 
 
