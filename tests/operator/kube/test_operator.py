@@ -153,7 +153,7 @@ def test_a_deletion_that_the_watch_lost_is_found_by_a_list() -> None:
             lease["spec"]["holderIdentity"] = "someone"  # a term ends, and the next begins
             lease["spec"]["leaseDurationSeconds"] = 6
             api.put(LEASES, lease)
-            await asyncio.sleep(1.5)
+            await asyncio.sleep(2.5)
             api.remove(LEASES, "shoal", "shoal-operator")
             await until(lambda: len(api.names(PODS)) == 1)
             assert not operator.done()

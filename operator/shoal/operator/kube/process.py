@@ -7,7 +7,6 @@ the lease: workers are gone before it is released, or before anybody else can ha
 """
 
 import asyncio
-import gc
 import logging
 import random
 import signal
@@ -29,7 +28,7 @@ from shoal.operator.kube.lease import Leadership
 from shoal.operator.kube.metrics import OperatorMetrics, ServiceFigures
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.reconcile import Reconciler, Surroundings
-from shoal.operator.kube.relist import Relister
+from shoal.operator.kube.relist import ListKeeper, Relister
 from shoal.operator.kube.routers import RouterFleet
 from shoal.operator.kube.settings import OperatorSettings
 from shoal.operator.kube.web import serve_metrics, serve_probes
@@ -41,8 +40,6 @@ from shoal.operator.scaler import Scalers
 
 log: Final = logging.getLogger(__name__)
 
-_RELIST_SECONDS: Final = 60.0
-_RELIST_SOON_SECONDS: Final = 2.0
 _RETRY_SECONDS: Final = 1.0
 _ROUTERS_SECONDS: Final = 4.0
 _STUCK_SECONDS: Final = 120.0
@@ -89,6 +86,7 @@ class _Operator:
         self._book = ServiceBook()
         self._feed = Feed(self._world, self._book, self._wake)
         self._relister = Relister(self.api, self._world, settings.namespaces, self._feed)
+        self._lists = ListKeeper(self._relister, time.monotonic)
         self._events = EventPoster(self.api, identity, time.time)
         self._progress = FetchProgress(self.api, self._wake)
         self._fleet = RouterFleet(
@@ -126,8 +124,6 @@ class _Operator:
         )
         self.metrics.show(leads=self._leads, queued=self._queued, services=self._figures)
         self._works = False  # leads, and knows enough to act
-        self._listed = asyncio.Event()  # the first list is in
-        self._relist = asyncio.Event()  # a list is wanted soon
         self._watching = asyncio.Event()
 
     def unhealthy(self) -> str | None:
@@ -136,15 +132,15 @@ class _Operator:
         return f"one look at a service takes {took:.0f} s" if took > _STUCK_SECONDS else None
 
     def unready(self) -> str | None:
-        return None if self._listed.is_set() else "the first list is not in"
+        return None if self._lists.any else "the first list is not in"
 
     async def run(self, watch: Watch) -> int:
         await self._wait_for_types()
         stop, stop_watching = asyncio.Event(), asyncio.Event()
         leading = asyncio.create_task(self._lead(stop), name="leadership")
-        lists = asyncio.create_task(self._keep_listing(), name="lists")
+        lists = asyncio.create_task(self._lists.run(), name="lists")
         watches = asyncio.create_task(
-            watch(self._feed, self._note_list, stop_watching, self._watching), name="watches"
+            watch(self._feed, self._lists.request, stop_watching, self._watching), name="watches"
         )
         signals = asyncio.create_task(self._take_signals(stop), name="signals")
         asked = asyncio.create_task(stop.wait(), name="stop")
@@ -188,28 +184,6 @@ class _Operator:
             said = why
             await asyncio.sleep(_RETRY_SECONDS)
 
-    async def _keep_listing(self) -> None:
-        while True:
-            self._relist.clear()
-            await self._list_until_done()
-            if not self._listed.is_set():
-                # What is here now lives long; the collector need not walk it again and again.
-                gc.collect()
-                gc.freeze()
-                self._listed.set()
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._relist.wait(), _RELIST_SECONDS)
-                await asyncio.sleep(_RELIST_SOON_SECONDS)
-
-    async def _list_until_done(self) -> None:
-        while True:
-            try:
-                await self._relister.run_once()
-                return
-            except ApiError as error:
-                log.warning("objects cannot be listed: %s", error)
-                await asyncio.sleep(_RETRY_SECONDS)
-
     async def _lead(self, stop: asyncio.Event) -> None:
         while not stop.is_set():
             await _first(self._leadership.acquire(), stop.wait())
@@ -221,8 +195,7 @@ class _Operator:
     async def _work(self) -> None:
         """What a leader does, until it is cancelled."""
         began = time.monotonic()
-        await self._listed.wait()
-        await self._list_until_done()
+        await self._lists.fresh()
         asked = asyncio.Event()
         helpers = [
             asyncio.create_task(coroutine)
@@ -256,11 +229,6 @@ class _Operator:
     def _wake_all(self) -> None:
         for key in self._book:
             self._wake(key)
-
-    def _note_list(self) -> None:
-        """A watch began anew: what was deleted meanwhile shows in a list of ours alone."""
-        if self._listed.is_set():
-            self._relist.set()
 
     def _figures(self) -> Mapping[str, ServiceFigures]:
         figures = {}

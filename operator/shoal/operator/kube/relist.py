@@ -5,8 +5,10 @@ read one by one, or all at once where they are many, as in the beginning.
 """
 
 import asyncio
+import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 from shoal.operator.kube.client import Api
@@ -18,6 +20,11 @@ from shoal.operator.kube.world import Key, Objects, World, version_number, versi
 log: Final = logging.getLogger(__name__)
 
 _ONE_BY_ONE: Final = 20
+_EVERY_SECONDS: Final = 60.0
+_SOON_SECONDS: Final = 2.0  # streams are interrupted together
+_FRESH_SECONDS: Final = 2.0
+_FIRST_STREAMS_SECONDS: Final = 15.0
+_RETRY_SECONDS: Final = 1.0
 
 
 class Relister:
@@ -100,3 +107,66 @@ class Relister:
                 self._feed.saw_node(node)
         for name in known:
             self._feed.lost_node(name)
+
+
+class ListKeeper:
+    """Lists at the start, every minute, and soon after a stream began anew."""
+
+    def __init__(self, relister: Relister, clock: Callable[[], float]) -> None:
+        self._relister = relister
+        self._clock = clock
+        self._first: float | None = None  # when the first list was in
+        self._began = float("-inf")  # when the last one that was completed did
+        self._wanted = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._done = asyncio.Event()
+
+    @property
+    def any(self) -> bool:
+        """Whether the first list is in."""
+        return self._first is not None
+
+    def request(self) -> None:
+        """A stream begins with a list of its own. The first ones do so right after ours, later
+        ones were interrupted: what was deleted meanwhile they do not tell."""
+        if self._first is not None and self._clock() - self._first > _FIRST_STREAMS_SECONDS:
+            self._wanted.set()
+
+    async def fresh(self) -> None:
+        """Waits for a list that is begun from here on; at the start the first one will do."""
+        now = self._clock()
+        if self._first is None:
+            await self._done.wait()
+            return
+        oldest = self._began if now - self._first < _FRESH_SECONDS else now
+        while self._began < oldest:
+            self._done.clear()
+            self._wanted.set()
+            self._urgent.set()
+            await self._done.wait()
+
+    async def run(self) -> None:
+        while True:
+            self._wanted.clear()
+            self._urgent.clear()
+            began = self._clock()
+            await self._until_done()
+            self._began = began
+            if self._first is None:
+                self._first = self._clock()
+                # What is here now lives long; the collector need not walk it again and again.
+                gc.collect()
+                gc.freeze()
+            self._done.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wanted.wait(), _EVERY_SECONDS)
+                await asyncio.wait_for(self._urgent.wait(), _SOON_SECONDS)
+
+    async def _until_done(self) -> None:
+        while True:
+            try:
+                await self._relister.run_once()
+                return
+            except ApiError as error:
+                log.warning("objects cannot be listed: %s", error)
+                await asyncio.sleep(_RETRY_SECONDS)
