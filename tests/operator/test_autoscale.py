@@ -142,12 +142,23 @@ ZERO = {"minReplicas": 0, "scaleToZero": {"idleSeconds": 60}}
 def test_an_idle_service_goes_to_zero_and_wakes_for_one_request():
     """Idle for its time: all go at once; the first request brings one back."""
     service = Service(scaling(**ZERO, behavior={}), wanted=3)
-    assert service.look(load(idle=59)) == 3  # the window for scaling down
+    assert service.look(load(idle=1), passes=60) == 3
+    assert service.look(load(idle=59), passes=0) == 3  # the window for scaling down
     assert service.look(load(idle=60)) == 0
     assert service.reason == "Idle"
     assert service.look(load(0, idle=70)) == 0
     assert service.look(load(1)) == 1
     assert service.reason == "WokenByRequest"
+
+
+def test_a_start_is_not_idle_time():
+    """A replica that takes longer to start than idleSeconds gets ready, and is then waited with."""
+    service = Service(scaling(**ZERO), wanted=1)
+    for _ in range(100):
+        assert service.look(load(idle=600), ready=0) == 1
+    for _ in range(30):
+        assert service.look(load(idle=600), ready=1) == 1
+    assert service.look(load(idle=600), ready=1) == 0
 
 
 def test_a_long_queue_wakes_several_replicas():

@@ -2,7 +2,7 @@
 
 import asyncio
 
-ZERO = {"minReplicas": 0, "maxReplicas": 3, "scaleToZero": {"idleSeconds": 60}}
+ZERO = {"minReplicas": 0, "maxReplicas": 3, "scaleToZero": {"idleSeconds": 3}}
 QUICK = {"scaleDown": {"stabilizationWindowSeconds": 0}}
 
 

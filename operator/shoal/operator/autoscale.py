@@ -106,6 +106,8 @@ def decide(
     `Memory.began` after a restart. `load` None: no router answers.
     """
     spec, wanted, look = scaling.spec, replicas.wanted, _Look(scaling, replicas, now)
+    served = (now if memory.served is None else memory.served) if replicas.ready else None
+    memory = replace(memory, served=served)
     if not scaling.enabled and spec.min_replicas:
         return look.settled(0, "ScalingDisabled", "spec.replicas is 0", memory, active=False)
     if wanted > spec.max_replicas:
@@ -118,7 +120,7 @@ def decide(
         return look.held("NoRouter", "no router reports the load", memory)
     if not wanted:
         return _from_zero(look, load, memory)
-    if _idle(spec, load):
+    if _idle(spec, load, memory, now):
         assert spec.scale_to_zero is not None
         message = f"no request for {spec.scale_to_zero.idle_seconds} s"
         return look.settled(0, "Idle", message, memory)
@@ -189,9 +191,13 @@ def _from_zero(look: _Look, load: Load, memory: Memory) -> Decision:
     return look.moved(max(1, limited.count), "WokenByRequest", message, memory)
 
 
-def _idle(spec: AutoscalingSpec, load: Load) -> bool:
+def _idle(spec: AutoscalingSpec, load: Load, memory: Memory, now: float) -> bool:
+    """Whether replicas have waited for a request for long enough. Their start does not count: it
+    may take longer than that, and would then never end."""
     return (
         spec.scale_to_zero is not None
+        and memory.served is not None
+        and now - memory.served >= spec.scale_to_zero.idle_seconds
         and not spec.min_replicas
         and spec.behavior.scale_down.select_policy is not SelectPolicy.DISABLED
         and load.complete

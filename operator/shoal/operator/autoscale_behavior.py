@@ -53,6 +53,7 @@ class Memory:
     changes: tuple[Change, ...] = ()  # oldest first, of the longest policy period
     recent: tuple[Wish, ...] = ()  # of the panic window
     alarmed: float | None = None  # when the panic threshold was last crossed, while panic lasts
+    served: float | None = None  # since when any replica has been ready; None: none is
 
     @classmethod
     def began(cls, wanted: int, changes: tuple[Change, ...], now: float) -> "Memory":
