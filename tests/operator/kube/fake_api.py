@@ -20,6 +20,7 @@ from shoal.operator.kube.kinds import (
     EVENTS,
     INFERENCE_SERVICES,
     LEASES,
+    LISTED,
     NODES,
     POD_MONITORS,
     PODS,
@@ -37,7 +38,7 @@ TYPES = Kind(
     "customresourcedefinitions",
     namespaced=False,
 )
-BUILT_IN = (*WATCHED, SECRETS, NODES, EVENTS, LEASES, NAMESPACES, TYPES)
+BUILT_IN = (*LISTED, SECRETS, NODES, EVENTS, LEASES, NAMESPACES, TYPES)
 
 
 class Answer(Exception):

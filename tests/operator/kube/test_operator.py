@@ -118,11 +118,9 @@ def test_what_somebody_changes_or_deletes_is_mended() -> None:
             service = copy.deepcopy(api.get(SERVICES, "default", "chat-workers"))
             service["spec"]["publishNotReadyAddresses"] = False
             api.put(SERVICES, service)
-            api.remove(DISRUPTION_BUDGETS, "default", "chat")
             api.remove(CONFIG_MAPS, "default", "chat-routes")
             first = api.get(PODS, "default", api.names(PODS)[0])["metadata"]["uid"]
             api.remove(PODS, "default", api.names(PODS)[0])
-            await until(lambda: api.get(DISRUPTION_BUDGETS, "default", "chat"))
             await until(lambda: api.get(CONFIG_MAPS, "default", "chat-routes"))
             await until(lambda: len(api.names(PODS)) == 1)
             await quiet(api)
@@ -147,6 +145,7 @@ def test_a_deletion_that_the_watch_lost_is_found_by_a_list() -> None:
             await until(lambda: _holder(api).startswith("b"))
             await quiet(api)
             api.remove(PODS, "default", api.names(PODS)[0])
+            api.remove(DISRUPTION_BUDGETS, "default", "chat")
             await asyncio.sleep(0.3)
             assert api.names(PODS) == [], "it cannot know yet"
             lease = copy.deepcopy(api.get(LEASES, "shoal", "shoal-operator"))
@@ -156,6 +155,7 @@ def test_a_deletion_that_the_watch_lost_is_found_by_a_list() -> None:
             await asyncio.sleep(2.5)
             api.remove(LEASES, "shoal", "shoal-operator")
             await until(lambda: len(api.names(PODS)) == 1)
+            assert api.names(DISRUPTION_BUDGETS) == ["chat"]
             assert not operator.done()
 
     run(check)

@@ -89,6 +89,10 @@ class Applier:
         """Brings an object about; whether a write was needed."""
         kind, meta = kind_of(document), document["metadata"]
         live: Json | None = self._world[kind].get(meta["namespace"], meta["name"])
+        if live is not None and controller_uid(live) != controller_uid(document):
+            # Of an earlier service, or an orphan; it may have gone without our noticing.
+            await self._refresh(kind, live)
+            live = self._world[kind].get(meta["namespace"], meta["name"])
         if live is None:
             live = await self._create(kind, document)
             if is_subset(document, live):

@@ -18,7 +18,7 @@ from shoal.operator.kube.kinds import Kind
 
 CALL_SECONDS: Final = 10.0
 PAGE: Final = 100  # objects: many small answers leave less behind than one large
-_METADATA_PAGE: Final = 500
+_METADATA_PAGE: Final = 250
 _CONNECTIONS: Final = 32
 _WRITES: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"

@@ -53,17 +53,13 @@ NODES: Final = Kind("v1", "Node", "nodes", selector=None, namespaced=False)
 EVENTS: Final = Kind("v1", "Event", "events", selector=None)
 LEASES: Final = Kind("coordination.k8s.io/v1", "Lease", "leases", selector=None)
 
-# Kept in memory by a watch. Secrets are not: nobody but their pods reads a token.
-WATCHED: Final = (
-    INFERENCE_SERVICES,
-    PODS,
-    SERVICES,
-    CONFIG_MAPS,
-    CONTROLLER_REVISIONS,
-    DISRUPTION_BUDGETS,
-)
+# Kept in memory by watches: what has to be noticed at once when somebody touches it.
+WATCHED: Final = (INFERENCE_SERVICES, PODS, SERVICES, CONFIG_MAPS)
+# Kept in memory by the list of every minute: the cluster counts on budgets all the time, and
+# nobody but the operator reads records. Secrets are not kept: only their pods read a token.
+LISTED: Final = (*WATCHED, CONTROLLER_REVISIONS, DISRUPTION_BUDGETS)
 _KNOWN: Final = {
-    (kind.api_version, kind.kind): kind for kind in (*WATCHED, SECRETS, POD_MONITORS, NODES, EVENTS)
+    (kind.api_version, kind.kind): kind for kind in (*LISTED, SECRETS, POD_MONITORS, NODES, EVENTS)
 }
 
 

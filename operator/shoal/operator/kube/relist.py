@@ -14,7 +14,7 @@ from typing import Final
 from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.feed import Feed
-from shoal.operator.kube.kinds import NODES, POD_MONITORS, WATCHED, Kind
+from shoal.operator.kube.kinds import LISTED, NODES, POD_MONITORS, Kind
 from shoal.operator.kube.world import Key, Objects, World, version_number, version_of
 
 log: Final = logging.getLogger(__name__)
@@ -51,12 +51,11 @@ class Relister:
     async def run_once(self) -> None:
         """Lists every kind once. ApiError where the API server does not answer."""
         self._monitors = await self._api.serves(POD_MONITORS)
-        kinds = [self._relist(kind) for kind in WATCHED]
-        if self._monitors:
-            kinds.append(self._relist(POD_MONITORS))
+        # One kind after the other: all at once need several times the memory.
+        for kind in (*LISTED, *((POD_MONITORS,) if self._monitors else ())):
+            await self._relist(kind)
         if self._scopes == (None,):
-            kinds.append(self._relist_nodes())
-        await asyncio.gather(*kinds)
+            await self._relist_nodes()
 
     async def _relist(self, kind: Kind) -> None:
         objects = self._world[kind]

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from shoal.api.names import LABEL_SERVICE
-from shoal.operator.kube.kinds import INFERENCE_SERVICES, POD_MONITORS, WATCHED, Kind
+from shoal.operator.kube.kinds import INFERENCE_SERVICES, LISTED, POD_MONITORS, Kind
 
 _DROPPED_ANNOTATION: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
@@ -133,11 +133,11 @@ class Objects:
 
 
 class World:
-    """Everything that is watched."""
+    """Everything that is kept in memory."""
 
     def __init__(self) -> None:
         self._kinds: Mapping[Kind, Objects] = MappingProxyType(
-            {kind: Objects(kind) for kind in (*WATCHED, POD_MONITORS)}
+            {kind: Objects(kind) for kind in (*LISTED, POD_MONITORS)}
         )
         self._nodes: dict[str, bool] = {}
 
