@@ -403,6 +403,25 @@ def test_drain_refuses_the_new_and_finishes_the_old() -> None:
     asyncio.run(scenario())
 
 
+def test_a_second_drain_counts_from_the_first() -> None:
+    """A preStop hook and then SIGTERM have one deadline between them, not one each."""
+
+    async def scenario() -> None:
+        async with served(CountingExecutor(step_seconds=0.01)) as client:
+            call = client.stub.Generate()
+            reader = Reader(call)
+            await call.write(begin(start("long", max_tokens=1000)))
+            await reader.until(lambda r: bool(r.tokens))
+            hook = await client.stub.Drain(engine_pb2.DrainRequest(deadline_seconds=0.5))
+            assert hook.unfinished == 1
+            before = time.monotonic()
+            again = await client.stub.Drain(engine_pb2.DrainRequest(deadline_seconds=0.5))
+            assert again.unfinished == 1
+            assert time.monotonic() - before < 0.3
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("deadline", [-1.0, float("nan"), float("inf")])
 def test_drain_wants_a_sane_deadline(deadline: float) -> None:
     """A deadline nobody can wait for is refused, and nothing starts to drain."""

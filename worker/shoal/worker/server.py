@@ -85,7 +85,7 @@ class EngineServer:
         self._serving: _Serving | None = None
         self._ticker: asyncio.Task[None] | None = None
         self._observe: Callable[[Report], None] | None = None
-        self._draining = False
+        self._drain_began: float | None = None
         self.address = ""  # host:port, once started
         self.failed = asyncio.Event()  # the engine is dead; only a new process helps
         self.failure = ""
@@ -138,14 +138,18 @@ class EngineServer:
 
     async def drain(self, deadline_seconds: float) -> int:
         """Refuses new requests and waits for those in flight; returns the number of sequences
-        left at the deadline. Drained once, the server stays so."""
-        self._draining = True
+        left at the deadline. Drained once, the server stays so, and later deadlines count from
+        then: SIGTERM after a preStop hook does not drain anew."""
+        now = self._clock()
+        if self._drain_began is None:
+            self._drain_began = now
         await self._set_health()
         if self._serving is None:
             return 0
         self._serving.hub.draining = True
         self._serving.hub.beat()
-        return await self._serving.hub.drained(deadline_seconds)
+        left = self._drain_began + deadline_seconds - now
+        return await self._serving.hub.drained(max(0.0, left))
 
     async def stop(self, grace_seconds: float = 0.5) -> None:
         """Closes the port and all streams, and ends the engine's thread."""
@@ -199,7 +203,7 @@ class EngineServer:
             await asyncio.sleep(self._settings.health_seconds)
 
     async def _set_health(self) -> None:
-        ready = self.healthy and not self._draining
+        ready = self.healthy and self._drain_began is None
         # Loading is a life too: only an engine that hangs or died is worth a restart.
         live = self.healthy or self._serving is None
         for service, good in (("", ready), (SERVICE, ready), (LIVENESS, live)):
