@@ -138,6 +138,38 @@ def test_https_with_a_given_certificate(
         cluster.kube.delete("secret", "router-tls", platform.NAMESPACE)
 
 
+def test_monitors_where_the_cluster_knows_them(
+    cluster: Testbed, shoal: Platform, namespace: str
+) -> None:
+    """With the Prometheus operator's types the chart's monitors install, and every service gets a
+    PodMonitor of its own; without them nothing of that is asked for."""
+    types = [
+        _type_of_monitoring(kind) for kind in ("ServiceMonitor", "PodMonitor", "PrometheusRule")
+    ]
+    cluster.kube.apply(namespace, services.service(NAME, replicas=0))
+    try:
+        cluster.kube.apply(namespace, *types)
+        for one in types:
+            name = one["metadata"]["name"]
+            cluster.kube.kubectl("wait", "--for=condition=Established", f"crd/{name}")
+        switches = ("enabled=true", "alerts.enabled=true", "dashboard.enabled=true")
+        values = ",".join(f"monitoring.{switch}" for switch in switches)
+        # The operator looks for the type at its start, and every minute.
+        shoal.install("--set", f"{values},operator.podAnnotations.monitoring=yes")
+        found = wait_for(
+            "the service's PodMonitor", 90, lambda: cluster.kube.list("podmonitors", namespace)
+        )
+        assert [one["metadata"]["name"] for one in found] == [NAME]
+        assert cluster.kube.get("servicemonitor", "shoal-router", platform.NAMESPACE)
+        assert cluster.kube.get("prometheusrule", "shoal", platform.NAMESPACE)
+    finally:
+        shoal.install()
+        for one in types:
+            cluster.kube.kubectl(
+                "delete", "crd", one["metadata"]["name"], "--ignore-not-found", seconds=120
+            )
+
+
 @pytest.fixture
 def served(cluster: Testbed, shoal: Platform) -> Iterator[str]:
     """A namespace that admits restricted pods alone, with one ready service."""
@@ -251,6 +283,30 @@ def _wait_settled(cluster: Testbed, namespace: str) -> None:
         )
     except ClusterError as error:
         pytest.fail(f"{error}\n{cluster.describe(namespace)}")
+
+
+def _type_of_monitoring(kind: str) -> Object:
+    """A CRD that takes everything, in place of the Prometheus operator's."""
+    plural = f"{kind.lower()}s"
+    anything = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.monitoring.coreos.com"},
+        "spec": {
+            "group": "monitoring.coreos.com",
+            "names": {"kind": kind, "plural": plural, "singular": kind.lower()},
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": "v1",
+                    "served": True,
+                    "storage": True,
+                    "schema": {"openAPIV3Schema": anything},
+                }
+            ],
+        },
+    }
 
 
 def _has_account(cluster: Testbed, namespace: str) -> bool:
