@@ -248,7 +248,7 @@ def test_uninstalling_keeps_services_and_their_pods(
 
 
 def previous_charts(folder: Path) -> Path | None:
-    """The charts of the last commit that changed them; None where history is not there."""
+    """The charts as they were before their last change; None where history is not there."""
     git = ("git", "-C", str(CHECKOUT))
     log = (*git, "log", "-1", "--skip=1", "--format=%H", "--", "charts/shoal", "charts/shoal-crds")
     commit = subprocess.run(log, capture_output=True, text=True, check=False).stdout.strip()

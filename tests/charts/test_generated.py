@@ -63,7 +63,9 @@ def test_the_dashboard_shows_metrics_that_exist() -> None:
 
 def test_alerts_speak_of_metrics_that_exist(render: "Render") -> None:
     """An alert on a series that nobody exports could never fire."""
-    groups = render("monitoring.alerts.enabled=true").one("PrometheusRule", "shoal")["spec"]
+    groups = render("monitoring.enabled=true", "monitoring.alerts.enabled=true").one(
+        "PrometheusRule", "shoal"
+    )["spec"]
     used = used_series(rule["expr"] for group in groups["groups"] for rule in group["rules"])
     assert used
     assert used <= known_series()

@@ -86,6 +86,17 @@ def test_engines_are_reached_by_routers_alone(render: "Render") -> None:
         "kubernetes.io/metadata.name": "shoal-system"
     }
     assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+    ports = [rule.get("ports", [{}])[0].get("port") for rule in policies[0]["spec"]["ingress"]]
+    assert ports == [9000, 9001]
+
+
+def test_pods_of_a_group_reach_each_other(render: "Render") -> None:
+    """Where replicas have several pods, and only there, workers may talk to workers."""
+    rendering = render(
+        "networkPolicy.enabled=true", "namespaces={a}", "featureGates.MultiNode=true"
+    )
+    (_, _, among) = rendering.one("NetworkPolicy", "shoal-workers")["spec"]["ingress"]
+    assert among["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "worker"
 
 
 def test_clients_are_narrowed_without_shutting_the_operator_out(render: "Render") -> None:
@@ -123,6 +134,7 @@ def test_monitors_find_the_ports(render: "Render") -> None:
 def test_alerts_have_the_users_limits_and_labels(render: "Render") -> None:
     """Limits come from the values, a user's label does not displace the severity by accident."""
     rendering = render(
+        "monitoring.enabled=true",
         "monitoring.alerts.enabled=true",
         "monitoring.alerts.queueDepth=7",
         "monitoring.alerts.labels.team=llm",
@@ -156,6 +168,7 @@ def test_the_dashboard_is_found_by_grafana(render: "Render") -> None:
         (("featureGates.MultiNode=perhaps",), "want boolean"),
         (("featureGates.Warp=true",), "additional properties 'Warp' not allowed"),
         (("router.tls.enabled=true",), "router.tls.secretName must name a Secret"),
+        (("monitoring.alerts.enabled=true",), "needs monitoring.enabled=true"),
         (("ingress.enabled=true",), "ingress.hosts must name at least one host"),
         (("httpRoute.enabled=true",), "httpRoute.parentRefs must name at least one Gateway"),
         (

@@ -135,14 +135,14 @@ annotations:
 {{- if .Values.featureGates.MultiNode }}
 - apiGroups: [""]
   resources: [secrets] # the token of a group of pods
-  verbs: [get, list, create, delete]
+  verbs: [get, create]
 {{- end }}
 - apiGroups: [apps]
   resources: [controllerrevisions]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, create, patch, delete]
 - apiGroups: [policy]
   resources: [poddisruptionbudgets]
-  verbs: [get, list, watch, create, patch, delete]
+  verbs: [get, list, create, patch, delete]
 - apiGroups: [monitoring.coreos.com]
   resources: [podmonitors]
   verbs: [get, list, create, patch, delete]
