@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from shoal.kernels.native import unavailable
 from shoal.worker.config import EngineConfig
 from shoal.worker.model.weights import WeightError
 from shoal.worker.request import SamplingParams
@@ -168,14 +169,24 @@ def test_the_last_position_of_a_full_sequence(executor: InProcessExecutor) -> No
     assert [result.error for result in results] == [None, None]
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 def test_overflow_ends_one_row_and_leaves_no_trace(
-    executor: InProcessExecutor, models: ModuleType
+    models: ModuleType, tmp_path: Path, threads: None, backend: str
 ) -> None:
     """A token whose embedding is not finite: its sequence gets an error, its neighbour does not,
     and the next owner of its blocks reads nothing of it."""
+    if backend == "native" and (why := unavailable()) is not None:
+        pytest.skip(why)
+    if backend == "torch":
+        executor = build(models, tmp_path)
+    else:  # whose heads are wide enough for step programs
+        config = EngineConfig(backend=backend, max_num_seqs=4, kv_cache_blocks=200, threads=1)
+        path = models.smollm2_path()
+        executor = create_executor(path, config, lambda phase, seconds: None)
     good = prompt(7, 12)
     clean = step(executor, Row(0, 0, 12, sample=True), init=[init(0, good)])[0]
-    embedding = executor._decoder.embedding
+    inner = executor._backend
+    embedding = inner._decoder.embedding if backend == "torch" else inner._step._kept[0]
     poison, healthy = 150, embedding[150].clone()
     good = tuple(token if token != poison else 3 for token in good)
     embedding[poison] = math.nan
