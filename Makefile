@@ -40,8 +40,8 @@ test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
 
 e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
-	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes
-	@$(BIN)/python -m pytest e2e/kubernetes
+	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes $(E2E_FLAGS)
+	@$(BIN)/python -m pytest e2e/kubernetes $(E2E_FLAGS)
 
 images: ## container images of router, operator and worker (docker, podman or buildah; see images/)
 	@images/build.sh
