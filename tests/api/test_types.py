@@ -1,4 +1,4 @@
-"""The types hold what API.md lists, and agree with the code that their values go to."""
+"""The types hold every field of the API, and agree with the code that their values go to."""
 
 from collections.abc import Iterator
 from dataclasses import fields

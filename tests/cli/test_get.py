@@ -31,7 +31,7 @@ def test_columns_are_named_as_in_the_crd() -> None:
 
 
 def test_columns_are_those_of_kubectl(chat: Any) -> None:
-    """The default table has the columns of API.md, the values below their heads."""
+    """The default table has the columns of `kubectl get infs`, the values below their heads."""
     head, row = chat.shoal("get").stdout.splitlines()
     assert head.split() == [
         "NAME",

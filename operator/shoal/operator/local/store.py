@@ -160,7 +160,7 @@ class Store:
     # Observed state: what the supervisor writes.
 
     def status(self, name: str) -> dict[str, object] | None:
-        """`status` of the service as API.md names its fields; None while nothing is known."""
+        """`status` of the service, fields by their names in YAML; None while nothing is known."""
         return files.read_json(self.root / "status" / f"{name}.json")
 
     def write_status(self, name: str, status: Mapping[str, object]) -> None:
