@@ -68,6 +68,10 @@ class Scalers:
         """The service is gone, or scales by itself no more."""
         self._states.pop(key, None)
 
+    def clear(self) -> None:
+        """Somebody else decides from here on."""
+        self._states.clear()
+
 
 def planned_replicas(service: InferenceService, observed: Observed) -> int:
     """The number of replicas to bring about: the autoscaler's where there is one."""
@@ -125,7 +129,7 @@ def _memory(wanted: int, status: AutoscalingStatus | None, now: float) -> Memory
 
 def _replicas(observed: Observed, wanted: int) -> Replicas:
     groups = [group.as_replica() for group in groups_of(observed.pods)]
-    staying = [pod for pod in groups if not pod.retiring]
+    staying = [pod for pod in groups if observed.stays(pod)]
     ready = [pod.name for pod in staying if observed.routable(pod)]
     return Replicas(wanted, ready, [pod.name for pod in staying if pod.name not in ready])
 

@@ -59,6 +59,7 @@ class FakeApi:
         self.calls: list[tuple[str, str]] = []  # method and path, watches left out
         self.refuse: Callable[[str, Kind, Json], Answer | None] = lambda *_: None
         self.on_create: Callable[[Kind, Json], None] = lambda *_: None
+        self.forbidden: set[Kind] = set()  # kinds that may not be listed
         self.away = False  # accepts connections and answers 503
         self.logs: dict[str, str] = {}  # last line by pod
         self.tokens: set[str] | None = None  # bearer tokens that are accepted; None: all
@@ -175,6 +176,8 @@ class FakeApi:
             return web.json_response(found)
         kind, namespace, name, sub = self._parse(request.path)
         if request.method == "GET" and name is None:
+            if kind in self.forbidden:
+                raise Answer(403, "Forbidden", f"you may not list {kind.plural}")
             if "watch" in request.query:
                 return await self._watch(request, kind, namespace)
             return web.json_response(self._list(request, kind, namespace))

@@ -204,6 +204,68 @@ def test_an_object_of_somebody_else_is_left_alone() -> None:
     run(check)
 
 
+@pytest.mark.parametrize(
+    ("kind", "answer"),
+    [
+        (DISRUPTION_BUDGETS, Answer(403, "Forbidden", "exceeded quota")),
+        (POD_MONITORS, Answer(500, "InternalError", "failed calling webhook")),
+    ],
+    ids=["refused", "failing"],
+)
+def test_a_child_that_cannot_be_had_holds_nothing_up(kind: Kind, answer: Answer) -> None:
+    """Pods, table and status go on without it; what is refused is said."""
+
+    async def check(api: FakeApi) -> None:
+        pods_become_ready(api)
+        api.refuse = lambda verb, of, document: answer if of is kind else None
+        api.put(INFERENCE_SERVICES, inference_service())
+        async with operating(api):
+            await until(lambda: status(api)["readyReplicas"] == 1)
+            await until(
+                lambda: (
+                    "chat-"
+                    in api.get(CONFIG_MAPS, "default", "chat-routes")["data"][
+                        "routes.json"
+                    ].partition("endpoints")[2]
+                )
+            )
+            if answer.code == 403:
+                await until(lambda: condition(api, "Degraded")["reason"] == "ChildRefused")
+                assert "exceeded quota" in condition(api, "Degraded")["message"]
+                api.refuse = lambda *_: None
+                change(api, replicas=2)
+                await until(lambda: condition(api, "Degraded")["status"] == "False")
+
+    run(check, monitors=True)
+
+
+def test_monitors_that_may_not_be_listed_are_left_out() -> None:
+    """Everything else goes on."""
+
+    async def check(api: FakeApi) -> None:
+        api.forbidden = {POD_MONITORS}
+        api.put(INFERENCE_SERVICES, inference_service())
+        async with operating(api):
+            await until(lambda: api.names(PODS))
+
+    run(check, monitors=True)
+
+
+def test_who_cannot_list_does_not_lead() -> None:
+    """The lease stays free for an operator that can."""
+
+    async def check(api: FakeApi) -> None:
+        api.forbidden = {PODS}
+        api.put(INFERENCE_SERVICES, inference_service())
+        async with operating(api):
+            await asyncio.sleep(1.5)
+            assert api.names(LEASES) == []
+            api.forbidden = set()
+            await until(lambda: api.names(PODS))
+
+    run(check)
+
+
 def test_a_document_of_a_later_release_is_a_condition() -> None:
     """A field that this operator does not know is named, and what runs is left as it is."""
 

@@ -83,3 +83,16 @@ def test_it_says_what_is_missing_and_waits_for_it(tmp_path: Path) -> None:
             await until(lambda: api.names(PODS), within=20)
 
     asyncio.run(main())
+
+
+def test_it_ends_while_it_waits(tmp_path: Path) -> None:
+    """SIGTERM counts before there is anything to do, also for the first process of a container."""
+
+    async def main() -> None:
+        api = FakeApi(kinds=())
+        async with serving(api), process(api, tmp_path) as operator:
+            await until(lambda: api.calls, within=START_SECONDS)
+            operator.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(operator.wait(), 5) == 0
+
+    asyncio.run(main())

@@ -52,9 +52,11 @@ from shoal.operator.plan import (
     SaveRevision,
     WriteRoutes,
 )
+from shoal.operator.podstate import drain_started
 
 log: Final = logging.getLogger(__name__)
 
+_LONGEST_WORDS: Final = 500  # characters of the API server's words in a condition
 _COLLECTION_SECONDS: Final = 1.0  # the cluster takes a moment to collect what lost its owner
 
 # Nobody misses these for a moment.
@@ -135,7 +137,7 @@ class Applier:
             case CreatePod(pod):
                 await self._create(PODS, pod.manifest)
             case DrainPod(name):
-                await self._mark(service, name, f"{self._wall():.3f}")
+                await self._mark(service, name, self._wall())
             case ResumePod(name):
                 await self._mark(service, name, None)
             case DeletePod(name, grace):
@@ -197,10 +199,16 @@ class Applier:
         self._feed.wrote(kind, live)
         return live
 
-    async def _mark(self, service: InferenceService, name: str, value: str | None) -> None:
+    async def _mark(self, service: InferenceService, name: str, started: float | None) -> None:
+        """Sets the drain mark or takes it off; one that stands keeps its time."""
         live = self._world[PODS].get(service.metadata.namespace, name)
-        if live is not None:
-            await self._merge(PODS, live, {"annotations": {ANNOTATION_DRAIN_STARTED: value}})
+        if live is None or (drain_started(live) is None) is (started is None):
+            return
+        value = None if started is None else f"{started:.3f}"
+        # Of just the version that is known: a mark that is news stands, too.
+        version = live["metadata"].get("resourceVersion")
+        changes = {"resourceVersion": version, "annotations": {ANNOTATION_DRAIN_STARTED: value}}
+        await self._merge(PODS, live, changes)
 
     async def _merge(self, kind: Kind, live: Json, changes: Json) -> None:
         """Patches the metadata of just this object; one that is gone needs nothing any more."""
@@ -210,7 +218,7 @@ class Applier:
             answer = await self._api.merge(kind, meta["namespace"], meta["name"], patch)
         except ApiError as error:
             if not error.not_found and not error.conflict:
-                raise
+                _raise_refused(kind, live["metadata"]["name"], error)
             await self._refresh(kind, live)
             return
         self._feed.wrote(kind, answer)
@@ -225,7 +233,7 @@ class Applier:
             answer = await self._api.delete(kind, namespace, name, uid_of(live), grace)
         except ApiError as error:
             if not error.not_found and not error.conflict:
-                raise
+                _raise_refused(kind, live["metadata"]["name"], error)
             await self._refresh(kind, live)
             return
         if answer.get("kind") == kind.kind and answer["metadata"].get("deletionTimestamp"):
@@ -269,5 +277,6 @@ class Applier:
 
 def _raise_refused(kind: Kind, name: str, error: ApiError) -> NoReturn:
     if error.refused:
-        raise Refused(f"the API server refuses {kind.kind} {name}: {error.message}") from None
+        said = error.message[:_LONGEST_WORDS]
+        raise Refused(f"the API server refuses {kind.kind} {name}: {said}") from None
     raise error

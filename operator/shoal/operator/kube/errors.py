@@ -34,11 +34,6 @@ class ApiError(Exception):
         return self.status == 409 and not self.exists
 
     @property
-    def expired(self) -> bool:
-        """The list's continuation or version is too old: begin again."""
-        return self.status == 410
-
-    @property
     def refused(self) -> bool:
         """The request is wrong, or not allowed: asking again changes nothing."""
         return self.status in _REFUSALS or (self.status == 500 and _UNKNOWN_FIELD in self.message)

@@ -45,6 +45,8 @@ _ROUTERS_SECONDS: Final = 4.0
 _STUCK_SECONDS: Final = 120.0
 _RELEASE_SECONDS: Final = 5.0
 _CLOSE_SECONDS: Final = 2.0
+_LIST_SECONDS: Final = 30.0
+_STEP_BACK_SECONDS: Final = 10.0
 
 # Feeds the operator until the event is set: (feed, listed, stop, ready). See `handlers.watch`.
 Watch = Callable[
@@ -135,14 +137,17 @@ class _Operator:
         return None if self._lists.any else "the first list is not in"
 
     async def run(self, watch: Watch) -> int:
-        await self._wait_for_types()
         stop, stop_watching = asyncio.Event(), asyncio.Event()
+        _take_signals(stop)
+        await _first(self._wait_for_types(), stop.wait())
+        if stop.is_set():
+            return 0
         leading = asyncio.create_task(self._lead(stop), name="leadership")
         lists = asyncio.create_task(self._lists.run(), name="lists")
         watches = asyncio.create_task(
             watch(self._feed, self._lists.request, stop_watching, self._watching), name="watches"
         )
-        signals = asyncio.create_task(self._take_signals(stop), name="signals")
+        signals = asyncio.create_task(self._take_signals_back(stop), name="signals")
         asked = asyncio.create_task(stop.wait(), name="stop")
         try:
             done, _ = await asyncio.wait(
@@ -150,9 +155,10 @@ class _Operator:
             )
             if asked in done:
                 return 0
-            for task in done:
+            failed = [task for task in done if task.exception() is not None]
+            for task in failed:
                 log.error("%s ended", task.get_name(), exc_info=task.exception())
-            return 1
+            return 1 if failed else 0  # a signal that the watches' framework took for itself
         finally:
             # Leading ends first and by itself: it stops the workers and releases the lease.
             stop.set()
@@ -162,12 +168,10 @@ class _Operator:
                 task.cancel()
             await asyncio.wait([lists, watches], timeout=_CLOSE_SECONDS)
 
-    async def _take_signals(self, stop: asyncio.Event) -> None:
-        """The watches' framework takes the signals when it starts; here they are taken back."""
+    async def _take_signals_back(self, stop: asyncio.Event) -> None:
+        """The watches' framework takes the signals when it starts."""
         await self._watching.wait()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+        _take_signals(stop)
 
     async def _wait_for_types(self) -> None:
         """Until the cluster knows InferenceServices; says so, as nothing works without."""
@@ -185,17 +189,25 @@ class _Operator:
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _lead(self, stop: asyncio.Event) -> None:
+        await _first(self._lists.first(), stop.wait())  # who cannot list must not lead
         while not stop.is_set():
             await _first(self._leadership.acquire(), stop.wait())
-            if stop.is_set():
-                break
-            await _first(self._leadership.keep(), self._work(), stop.wait())
+            if not stop.is_set():
+                await _first(self._leadership.keep(), self._work(), stop.wait())
+            if self._leadership.holds() and not stop.is_set():
+                # It leads and cannot work: somebody else shall try.
+                await self._leadership.release()
+                await _first(asyncio.sleep(_STEP_BACK_SECONDS), stop.wait())
         await self._leadership.release()
 
     async def _work(self) -> None:
-        """What a leader does, until it is cancelled."""
+        """What a leader does, until it is cancelled; returns where it cannot."""
         began = time.monotonic()
-        await self._lists.fresh()
+        try:
+            await asyncio.wait_for(self._lists.fresh(), _LIST_SECONDS)
+        except TimeoutError:
+            log.error("no list within %.0f s", _LIST_SECONDS)
+            return
         asked = asyncio.Event()
         helpers = [
             asyncio.create_task(coroutine)
@@ -213,6 +225,7 @@ class _Operator:
         finally:
             self._works = False
             self._fleet.rest()
+            self._scalers.clear()
             for task in helpers:
                 await _end(task)
 
@@ -231,11 +244,20 @@ class _Operator:
             self._wake(key)
 
     def _figures(self) -> Mapping[str, ServiceFigures]:
+        """Of all services, from the operator that leads; others know less."""
         figures = {}
-        for key, service in self._book.readable():
-            wanted = self._scalers.wanted(key)
-            figures[key] = ServiceFigures(service.spec.replicas if wanted is None else wanted)
+        for key, service in self._book.readable() if self._works else ():
+            scales = service.spec.autoscaling is not None
+            wanted = self._scalers.wanted(key) if scales else service.spec.replicas
+            if wanted is not None:  # it was looked at already
+                figures[key] = ServiceFigures(wanted)
         return figures
+
+
+def _take_signals(stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
 
 
 async def _first(*coroutines: Awaitable[object]) -> None:

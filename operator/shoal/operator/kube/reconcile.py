@@ -11,15 +11,16 @@ from typing import Final
 
 from shoal.api.types import InferenceService, InferenceServiceStatus
 from shoal.operator.children import desired_children, needs_group_token
-from shoal.operator.kube.applier import Applier, NotYet, Refused
+from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import Entry, ServiceBook
+from shoal.operator.kube.carry import Outcome, carry_out
 from shoal.operator.kube.events import EventPoster
 from shoal.operator.kube.kinds import INFERENCE_SERVICES, PODS
 from shoal.operator.kube.news import news, pod_news
 from shoal.operator.kube.observing import observe, read_status
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.routers import RouterFleet
-from shoal.operator.kube.verdicts import unreadable_status
+from shoal.operator.kube.verdicts import incomplete_status, unreadable_status
 from shoal.operator.kube.world import Key, World, uid_of
 from shoal.operator.observe import Observed
 from shoal.operator.plan import Plan, plan
@@ -93,29 +94,44 @@ class Reconciler:
         decided = self._plan(service, observed)
         self._fleet.under_way(key, _waits_for_routers(observed, decided))
         self._fleet.scales(key, observed.scaling is not None)
-        acted, again = False, None
-        try:
-            acted = await self._bring_about(service, observed, decided)
-        except Refused as error:
-            again = _REFUSED_SECONDS
-            observed = self._note_rejection(key, service, observed, str(error))
-            decided = self._plan(service, observed)
-        except NotYet as error:
-            log.info("%s: %s", key, error)
-            again = error.seconds
-        else:
-            # What was refused is not any more: the status may say so.
-            acted |= self._rejected.pop(key, None) is not None
-        if acted:
+        outcome = await carry_out(
+            self._applier,
+            service,
+            decided.actions,
+            desired_children(service, observed, monitors=self._around.has_monitors()),
+            group_token=self._around.platform.multi_node and needs_group_token(service, observed),
+        )
+        news = self._note_rejection(key, service, outcome)
+        if outcome.error is None and (outcome.acted or news):
             # What was done is seen already, and there may be more to do. The look that finds
             # nothing more tells how it stands.
             return 0.0
-        await self._tell(where, service, observed, decided.status)
-        if again is None and any(pod.retiring for pod in observed.pods):
-            return _DRAIN_SECONDS
-        if again is None and observed.scaling is not None:
-            return LOOK_SECONDS
-        return again
+        await self._tell(where, service, observed, self._status(observed, decided, outcome))
+        if outcome.error is not None:
+            raise outcome.error
+        return self._next_look(observed, outcome)
+
+    def _status(
+        self, observed: Observed, decided: Plan, outcome: Outcome
+    ) -> InferenceServiceStatus:
+        if outcome.missing is None:
+            return decided.status
+        return incomplete_status(
+            observed.status, decided.status, outcome.missing, self._around.wall()
+        )
+
+    def _next_look(self, observed: Observed, outcome: Outcome) -> float | None:
+        waits = [
+            seconds
+            for seconds, holds in (
+                (outcome.again, outcome.again is not None),
+                (_REFUSED_SECONDS, outcome.rejected or outcome.missing),
+                (_DRAIN_SECONDS, any(pod.retiring for pod in observed.pods)),
+                (LOOK_SECONDS, observed.scaling is not None),
+            )
+            if holds and seconds is not None
+        ]
+        return min(waits, default=None)
 
     def _observe(self, where: Key, key: str, service: InferenceService) -> Observed:
         live = self._world[INFERENCE_SERVICES].get(*where)
@@ -140,28 +156,18 @@ class Reconciler:
     def _plan(self, service: InferenceService, observed: Observed) -> Plan:
         return plan(service, observed, self._around.wall(), self._around.platform)
 
-    def _note_rejection(
-        self, key: str, service: InferenceService, observed: Observed, sentence: str
-    ) -> Observed:
-        if observed.rejected != sentence:
-            log.warning("%s: %s", key, sentence)
-        self._rejected[key] = service.metadata.generation or 0, sentence
-        return replace(observed, rejected=sentence)
-
-    async def _bring_about(
-        self, service: InferenceService, observed: Observed, decided: Plan
-    ) -> bool:
-        """Children first, then the plan's actions in their order; whether the plan had any."""
-        if await self._applier.adopt(service):
-            return True
-        monitors = self._around.has_monitors()
-        for child in desired_children(service, observed, monitors=monitors):
-            await self._applier.ensure(child)
-        if self._around.platform.multi_node and needs_group_token(service, observed):
-            await self._applier.ensure_group_token(service)
-        for action in decided.actions:
-            await self._applier.perform(service, action)
-        return bool(decided.actions)
+    def _note_rejection(self, key: str, service: InferenceService, outcome: Outcome) -> bool:
+        """Remembers what was refused, for the next plans; whether that is news for the status."""
+        before = self._rejected.get(key)
+        if outcome.rejected is not None:
+            now = service.metadata.generation or 0, outcome.rejected
+            self._rejected[key] = now
+            if before != now:
+                log.warning("%s: %s", key, outcome.rejected)
+            return before != now
+        if outcome.error is None and outcome.again is None:
+            return self._rejected.pop(key, None) is not None
+        return False
 
     async def _tell(
         self,

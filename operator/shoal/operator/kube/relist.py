@@ -50,25 +50,39 @@ class Relister:
 
     async def run_once(self) -> None:
         """Lists every kind once. ApiError where the API server does not answer."""
-        self._monitors = await self._api.serves(POD_MONITORS)
         # One kind after the other: all at once need several times the memory.
-        for kind in (*LISTED, *((POD_MONITORS,) if self._monitors else ())):
+        for kind in LISTED:
             await self._relist(kind)
         if self._scopes == (None,):
             await self._relist_nodes()
+        await self._relist_monitors()
+
+    async def _relist_monitors(self) -> None:
+        """Monitors are nice to have: where they cannot be had, everything else goes on."""
+        try:
+            self._monitors = await self._api.serves(POD_MONITORS)
+            if self._monitors:
+                await self._relist(POD_MONITORS)
+        except ApiError as error:
+            self._monitors = False
+            log.warning("pod monitors are left out: %s", error)
 
     async def _relist(self, kind: Kind) -> None:
         objects = self._world[kind]
         for scope in self._scopes:
             if not len(objects):
-                await self._read_all(objects, scope)
+                objects.forget_deaths(await self._read_all(objects, scope))
             else:
                 await self._compare(objects, scope)
 
-    async def _read_all(self, objects: Objects, scope: str | None) -> None:
-        async for items, _ in self._api.pages(objects.kind, scope):
+    async def _read_all(self, objects: Objects, scope: str | None) -> int:
+        """Reads every object; returns the version of the list."""
+        version = 0
+        async for items, text in self._api.pages(objects.kind, scope):
+            version = version or version_number(text)
             for live in items:
                 self._feed.saw(objects.kind, live)
+        return version
 
     async def _compare(self, objects: Objects, scope: str | None) -> None:
         listed: dict[Key, int] = {}
@@ -131,12 +145,16 @@ class ListKeeper:
         if self._first is not None and self._clock() - self._first > _FIRST_STREAMS_SECONDS:
             self._wanted.set()
 
-    async def fresh(self) -> None:
-        """Waits for a list that is begun from here on; at the start the first one will do."""
-        now = self._clock()
-        if self._first is None:
+    async def first(self) -> None:
+        """Waits for the first list."""
+        while self._first is None:
             await self._done.wait()
-            return
+
+    async def fresh(self) -> None:
+        """Waits for a list that is begun from here on; the first one, if just in, will do."""
+        await self.first()
+        now = self._clock()
+        assert self._first is not None, "it was waited for"
         oldest = self._began if now - self._first < _FRESH_SECONDS else now
         while self._began < oldest:
             self._done.clear()

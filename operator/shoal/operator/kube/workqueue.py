@@ -94,12 +94,6 @@ class WorkQueue:
         self._end(key)
         return wait
 
-    def forget(self, key: str) -> None:
-        """Nobody wants this key any more."""
-        self._due.pop(key, None)
-        self._asked.pop(key, None)
-        self._failures.pop(key, None)
-
     def clear(self) -> None:
         """Forgets everything, and what is being worked on too: the workers are gone."""
         self._due.clear()

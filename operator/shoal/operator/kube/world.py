@@ -156,13 +156,13 @@ class World:
     def put_node(self, node: Mapping[str, Any]) -> bool:
         """A node's state; whether its readiness is news."""
         name, ready = node["metadata"]["name"], _node_ready(node)
-        news = self._nodes.get(name) is not ready
+        news = self._nodes.get(name, True) is not ready  # an unknown one counts as answering
         self._nodes[name] = ready
         return news
 
     def drop_node(self, name: str) -> bool:
         """A node is gone; pods that say they run there do not."""
-        news = self._nodes.get(name) is not False
+        news = self._nodes.get(name, True)
         self._nodes[name] = False
         return news
 

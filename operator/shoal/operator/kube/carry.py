@@ -1,0 +1,89 @@
+"""Carries out what a look decided, as far as it goes.
+
+First the plan's actions in their order, up to the first that fails: any prefix of a plan is safe.
+Then the children, each by itself: neither a monitor that a webhook refuses nor a budget whose name
+is taken holds up a drain, a route table or a replacement.
+"""
+
+import logging
+from collections.abc import Awaitable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.api.types import InferenceService
+from shoal.operator.kube.applier import Applier, Json, NotYet, Refused
+from shoal.operator.kube.errors import ApiError
+from shoal.operator.plan import Action
+
+log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it."""
+
+    acted: bool = False  # something of the plan was done: there may be more to do
+    rejected: str | None = None  # why the API server refuses an action
+    missing: str | None = None  # why a child is not as it should be
+    again: float | None = None  # seconds after which what is waited for may have ended
+    error: ApiError | None = None  # what may go away by itself
+
+
+class _Troubles:
+    """What went wrong so far."""
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+        self.again: float | None = None
+        self.error: ApiError | None = None
+
+    async def survive(self, work: Awaitable[object]) -> bool:
+        """Waits for the work; whether it went well."""
+        try:
+            await work
+        except Refused as error:
+            self.refused.append(str(error))
+        except NotYet as error:
+            log.info("%s", error)
+            self.again = error.seconds
+        except ApiError as error:
+            self.error = self.error or error
+        else:
+            return True
+        return False
+
+    @property
+    def unreachable(self) -> bool:
+        return self.error is not None and self.error.status == 0
+
+
+async def carry_out(
+    applier: Applier,
+    service: InferenceService,
+    actions: Iterable[Action],
+    children: Iterable[Json],
+    *,
+    group_token: bool,
+) -> Outcome:
+    """Performs `actions` and brings about `children`; `group_token` where pods share one."""
+    troubles, done = _Troubles(), 0
+    adopted = False
+    try:
+        adopted = await applier.adopt(service)
+    except ApiError as error:
+        troubles.error = error
+    if adopted or troubles.error is not None:
+        return Outcome(acted=adopted, error=troubles.error)
+    if not group_token or await troubles.survive(applier.ensure_group_token(service)):
+        for action in actions:
+            if not await troubles.survive(applier.perform(service, action)):
+                break
+            done += 1
+    rejected = "; ".join(troubles.refused) or None
+    troubles.refused.clear()
+    for child in children:
+        if troubles.unreachable:
+            break
+        await troubles.survive(applier.ensure(child))
+    missing = "; ".join(troubles.refused) or None
+    return Outcome(done > 0, rejected, missing, troubles.again, troubles.error)
