@@ -13,7 +13,7 @@ from shoal.api.names import ANNOTATION_DRAIN_STARTED
 from shoal.api.routes import RouteTable
 from shoal.api.types import InferenceService, InferenceServiceStatus
 from shoal.operator.groups import Group, groups_of
-from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
+from shoal.operator.observe import EndpointView, Observed, RouterView
 from shoal.operator.plan import (
     Action,
     CreatePod,
@@ -47,7 +47,8 @@ class Cluster:
 
     def __init__(self) -> None:
         self.now = 1_700_000_000.0
-        self.nodes = dict.fromkeys(NODES, True)
+        self.nodes = dict.fromkeys(NODES, True)  # whether the API server hears of it
+        self.cut: set[str] = set()  # nodes that routers do not reach
         self.pods: dict[str, dict[str, Any]] = {}
         self.table: RouteTable | None = None
         self.revisions: dict[str, Revision] = {}
@@ -64,7 +65,7 @@ class Cluster:
         pods = tuple(observed_pod(pod, self.nodes) for pod in self.pods.values())
         observed = Observed(
             pods=pods,
-            routers=self._routers(pods),
+            routers=self._routers(),
             table=self.table,
             revisions=tuple(self.revisions.values()),
             status=self.status,
@@ -152,14 +153,21 @@ class Cluster:
         del self.pods[name]
         self.busy.pop(name, None)
 
-    def node_down(self, node: str) -> None:
+    def node_silent(self, node: str) -> None:
+        """Its kubelet does not reach the API server; engines and routers know nothing of it."""
         self.nodes[node] = False
+
+    def node_down(self, node: str) -> None:
+        """Nobody reaches it."""
+        self.nodes[node] = False
+        self.cut.add(node)
         for name, pod in self.pods.items():
             if pod["spec"].get("nodeName") == node:
                 self._break_engine(name, but=name)  # alone the engine goes on unseen
 
     def node_up(self, node: str) -> None:
         self.nodes[node] = True
+        self.cut.discard(node)
 
     def settle(self, service: InferenceService, rounds: int = 80) -> Plan:
         """Everything goes well, until there is nothing to do."""
@@ -200,14 +208,27 @@ class Cluster:
         seen = self.replicas()
         return sum(map(seen.routable, seen.pods))
 
-    def _routers(self, pods: tuple[ObservedPod, ...]) -> tuple[RouterView, ...]:
+    def serving(self) -> frozenset[str]:
+        """Replicas that routers send requests to and that nobody has begun to end: whatever the
+        planner thinks of them."""
+        routers = self.snapshot().observed.routers
+        return frozenset(
+            name
+            for name, pod in self.pods.items()
+            if all(name in r.endpoints and r.endpoints[name].admitted for r in routers)
+            and routers
+            and not self._leaves(name)
+            and ANNOTATION_DRAIN_STARTED not in pod["metadata"].get("annotations", {})
+        )
+
+    def _routers(self) -> tuple[RouterView, ...]:
         if not self.routers_up:
             return ()
         if not self.router_lags:
             self.heard = self.table
         if self.heard is None:
             return (RouterView(0),)
-        up = {pod.name for pod in pods if pod.ready}
+        up = {name for name in self.pods if self._answers(name)}
         views = {
             e.name: EndpointView(
                 e.address,
@@ -260,6 +281,12 @@ class Cluster:
     def _over(self, name: str) -> bool:
         pod = self.pods[name]
         return pod["status"]["phase"] == "Failed" or "nodeName" not in pod["spec"]
+
+    def _answers(self, name: str) -> bool:
+        """Whether routers are connected to its engine."""
+        pod = self.pods[name]
+        (ready,) = pod["status"].get("conditions") or [{"status": "False"}]
+        return ready["status"] == "True" and pod["spec"]["nodeName"] not in self.cut
 
     def _leaves(self, name: str) -> bool:
         return "deletionTimestamp" in self.pods[name]["metadata"]

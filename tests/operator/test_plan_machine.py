@@ -13,7 +13,20 @@ GOOD, OTHER, BROKEN = "0.1.0", "0.1.1", "0.1.2"  # model revisions; BROKEN never
 numbers = st.integers(0, 30)
 _HAPPENINGS = (
     *("schedule", "schedule", "run", "run", "serve", "serve", "serve", "grow", "grow"),
-    *("crash", "evict", "delete", "finish", "finish", "vanish", "busy", "idle", "node", "time"),
+    *(
+        "crash",
+        "evict",
+        "delete",
+        "finish",
+        "finish",
+        "vanish",
+        "busy",
+        "idle",
+        "node",
+        "flap",
+        "flap",
+        "time",
+    ),
 )
 events = st.one_of(
     st.tuples(st.just("step"), st.just(0)),
@@ -86,6 +99,9 @@ class Story:
             case "node":
                 node = NODES[value % 3]
                 (cluster.node_down if cluster.nodes[node] else cluster.node_up)(node)
+            case "flap":
+                node = NODES[value % 3]
+                (cluster.node_silent if cluster.nodes[node] else cluster.node_up)(node)
             case "time":
                 cluster.now += value * 5
             case "model" | "replicas" | "paused":
@@ -108,30 +124,38 @@ class Story:
     def step(self, actions) -> None:
         cluster, wanted = self.cluster, self.wanted()
         floor = max(0, wanted.spec.replicas - self.unavailable)
-        before, groups = cluster.routable(), {g.name: g for g in cluster.groups()}
+        before, groups = cluster.serving(), {g.name: g for g in cluster.groups()}
         seen = cluster.replicas()
         busy = {pod.name for pod in seen.pods if seen.in_flight(pod)}
         decided = cluster.step(wanted, actions)
         done = decided.actions[:actions]
         self.check_surge(done, groups, wanted.spec.replicas)
-        assert cluster.routable() >= min(before, floor), "the planner itself took capacity away"
+        after = len(cluster.serving())
+        assert after >= min(len(before), floor), "the planner itself took capacity away"
         for action in done:
             if isinstance(action, DeletePod):
-                self.check_deletion(action, groups, busy)
+                self.check_deletion(action, groups, busy, before)
         self.check_groups()
 
     def check_surge(self, done, before, replicas) -> None:
         fresh = {a.pod.name.removesuffix(f"-{a.pod.member}") if a.pod.member else a.pod.name
                  for a in done if isinstance(a, CreatePod)} - before.keys()  # fmt: skip
         if fresh:
-            there = [g for g in self.cluster.groups() if not g.as_replica().lost]
+            serving = self.cluster.serving()
+            groups = self.cluster.groups()
+            there = [g for g in groups if not g.as_replica().lost or g.name in serving]
             assert len(there) <= replicas + self.surge, "beyond the surge"
 
-    def check_deletion(self, action, groups, busy) -> None:
-        """Under its requests a group is deleted only if it is past its time, or dead anyway."""
+    def check_deletion(self, action, groups, busy, serving) -> None:
+        """Under its requests a group is deleted only if it is past its time, or dead anyway; one
+        that may come back only if as many others serve as are wanted."""
         group = next(g for g in groups.values() if any(p.name == action.name for p in g.pods))
         replica = group.as_replica()
-        if replica.lost or replica.deleting:
+        if group.broken or replica.deleting:
+            return
+        if replica.lost and replica.drain_started is None:
+            assert len(serving - {group.name}) >= self.spec["replicas"], "nobody serves instead"
+            assert group.name not in serving, "deleted though routers send requests there"
             return
         assert replica.drain_started is not None, "deleted without a drain"
         overdue = self.cluster.now >= replica.drain_started + 30
@@ -194,6 +218,7 @@ def test_killed_between_any_two_actions_of_a_rollout(ranks, rollout, crashes):
     told.happen("model", OTHER)
     for actions in crashes:
         told.happen("busy" if actions % 2 else "idle", actions)
+        told.happen("flap", actions)
         told.step(actions)
         told.happen("time", 1)
         told.happen("grow", actions)

@@ -48,9 +48,7 @@ class Group:
         """Whether it lacks a pod that nothing brings back: what is left of it must go."""
         if self.missing and not self.unfinished:
             return True
-        if self.size == 1 and self.pods[0].gone_node:
-            return False  # the node may come back, and the engine with it
-        return any(pod.lost for pod in self.pods)
+        return any(pod.lost and not pod.gone_node for pod in self.pods)
 
     @property
     def leaving(self) -> bool:
@@ -83,6 +81,7 @@ class Group:
             group_size=self.size,
             started=any(pod.started for pod in self.pods),
             lost=lost,
+            gone_node=lost and not self.broken,
             fetched=min((p.fetched for p in self.pods if p.fetched is not None), default=None),
         )
 

@@ -59,7 +59,9 @@ class ObservedPod:
 
     @property
     def retiring(self) -> bool:
-        return self.deleting or self.lost or self.drain_started is not None
+        """On its way out. A node that does not answer is no reason: the engine may serve on."""
+        ended = self.lost and not self.gone_node
+        return self.deleting or ended or self.drain_started is not None
 
     @property
     def failing(self) -> bool:
@@ -130,9 +132,22 @@ class Observed:
             view is not None and view.admitted and view.address == pod.address for view in views
         )
 
+    def reached(self, pod: ObservedPod) -> bool:
+        """Whether any router sends requests to this pod, whatever the cluster knows of it."""
+        views = (router.endpoints.get(pod.name) for router in self.routers)
+        return any(v is not None and v.admitted and v.address == pod.address for v in views)
+
+    def gone(self, pod: ObservedPod) -> bool:
+        """Ended, or lost to the routers too: not counted any more, though a node may come back."""
+        return pod.lost and not (pod.gone_node and self.reached(pod))
+
+    def stays(self, pod: ObservedPod) -> bool:
+        """Serves, or is to be waited for."""
+        return not pod.retiring and not self.gone(pod)
+
     def routable(self, pod: ObservedPod) -> bool:
-        """Ready, admitted, and meant to stay."""
-        return pod.ready and not pod.retiring and self.admitted(pod)
+        """Admitted, meant to stay, and ready as far as its node tells."""
+        return (pod.ready or pod.gone_node) and not pod.retiring and self.admitted(pod)
 
     def in_flight(self, pod: ObservedPod) -> int:
         """Requests that routers have at this pod."""
@@ -142,8 +157,8 @@ class Observed:
     def drained(self, pod: ObservedPod) -> bool:
         """Whether no router has, or will send, a request to this pod."""
         if self.table is None or not any(e.name == pod.name for e in self.table.endpoints):
-            return True  # no router ever heard of it
+            return self.in_flight(pod) == 0  # never in one, or that table was lost
         told = any(e.name == pod.name and e.draining for e in self.table.endpoints)
         generation = self.table.generation
-        heard = bool(self.routers) and all(r.generation >= generation for r in self.routers)
+        heard = bool(self.routers) and all(r.generation == generation for r in self.routers)
         return told and heard and self.in_flight(pod) == 0

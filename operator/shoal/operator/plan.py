@@ -120,11 +120,12 @@ def plan(
     target = active if frozen else wanted
     bounds = _bounds(service, observed)
 
-    moves = next_moves(
-        [_member(pod, observed, target, active, frozen) for pod in observed.pods if not pod.lost],
-        bounds,
-        can_repair=not frozen and active not in (None, target),
-    )
+    members = [
+        _member(pod, observed, target, active, frozen)
+        for pod in observed.pods
+        if not observed.gone(pod)
+    ]
+    moves = next_moves(members, bounds, can_repair=not frozen and active not in (None, target))
     leaving = _leaving(observed, moves)
     saved = {revision.name: revision for revision in observed.revisions}
     if not frozen:
@@ -135,7 +136,7 @@ def plan(
         table = route_table(service, key, observed, leaving)
     situation = Situation(service, observed, bounds, target, active, refusals)
     leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
-    replaced = situation.routable >= bounds.replicas
+    replaced = sum(m.target and m.routable for m in members) >= bounds.replicas
     actions: list[Action] = [
         *(ResumePod(name) for name in moves.resume),
         *(DrainPod(name) for name in moves.drain),
@@ -144,7 +145,7 @@ def plan(
             action
             for group in groups
             if group.name not in moves.resume
-            for action in leave.deletions(group, unwanted=replaced or group.revision != target)
+            for action in leave.deletions(group, replaced=replaced)
         ),
         # Last, as a cluster may refuse a pod: nothing else waits for it.
         *_completions(service, groups, moves, saved),
@@ -173,7 +174,7 @@ def plan_removal(observed: Observed, now: float) -> tuple[Action, ...]:
             for group in groups
             for action in _Departure(
                 observed, drain.get(group.revision, DEFAULT_DRAIN_SECONDS), now
-            ).deletions(group, unwanted=True)
+            ).deletions(group, replaced=False)
         ),
     )
 
@@ -298,10 +299,11 @@ class _Departure:
     drain_seconds: float
     now: float
 
-    def deletions(self, group: Group, *, unwanted: bool) -> Iterator[DeletePod]:
-        """`unwanted`: nothing is lost with a replica whose node may come back."""
+    def deletions(self, group: Group, *, replaced: bool) -> Iterator[DeletePod]:
+        """`replaced`: as many serve as are wanted, so nobody waits for a node to come back."""
         replica = group.as_replica()
-        if group.broken or (replica.lost and unwanted) or self._may_go(replica):
+        stray = self.observed.gone(replica) and replica.drain_started is None
+        if group.broken or (stray and replaced) or self._may_go(replica):
             grace = KILL_SECONDS
         elif group.leaving:
             # Somebody deletes a member: the others end their requests as it does.
@@ -311,7 +313,7 @@ class _Departure:
         yield from (DeletePod(pod.name, grace) for pod in group.pods if not pod.deleting)
 
     def _may_go(self, replica: ObservedPod) -> bool:
-        if replica.deleting or replica.lost or replica.drain_started is None:
+        if replica.deleting or replica.drain_started is None:
             return False
         drained = self.observed.drained(replica)
         return drained or self.now >= replica.drain_started + self.drain_seconds

@@ -67,7 +67,7 @@ def observed_pod(
         created=_time(meta.get("creationTimestamp")),
         address=_address(status.get("podIP")),
         ready=ready,
-        drain_started=_drain_started(meta.get("annotations") or {}),
+        drain_started=drain_started(pod),
         deleting=meta.get("deletionTimestamp") is not None,
         restarts=sum(c.get("restartCount", 0) for c in status.get("containerStatuses") or ()),
         reason=reason,
@@ -89,13 +89,23 @@ def fetching(pod: Mapping[str, Any]) -> str | None:
     return None
 
 
+def drain_started(pod: Mapping[str, Any]) -> float | None:
+    """When the pod was marked; None also for what is no time: it is no mark of ours."""
+    annotations = pod["metadata"].get("annotations") or {}
+    try:
+        return float(annotations[ANNOTATION_DRAIN_STARTED])
+    except (KeyError, ValueError):
+        return None
+
+
 def _trouble(pod: Mapping[str, Any], gone_node: bool, progress: str) -> tuple[str, str]:
     """(reason, message) of a pod that is not ready; the most telling one."""
     if _ended_by_itself(pod):
         return _ended(pod)
     if gone_node:
         node = pod["spec"]["nodeName"]
-        return "NodeLost", f"node {node} does not answer; another replica takes its place"
+        place = "another replica takes its place once no router reaches this one"
+        return "NodeLost", f"node {node} does not answer; {place}"
     if pod["metadata"].get("deletionTimestamp") is not None:
         return "Terminating", "the pod is being deleted"
     scheduled = _condition(pod, "PodScheduled")
@@ -232,14 +242,6 @@ def _address(ip: str | None) -> str | None:
     if not ip:
         return None
     return f"[{ip}]:{PORT_ENGINE_GRPC}" if ":" in ip else f"{ip}:{PORT_ENGINE_GRPC}"
-
-
-def _drain_started(annotations: Mapping[str, str]) -> float | None:
-    """None also for what is no time: it is no mark of ours."""
-    try:
-        return float(annotations[ANNOTATION_DRAIN_STARTED])
-    except (KeyError, ValueError):
-        return None
 
 
 def _number(text: str | None, otherwise: int) -> int:

@@ -48,7 +48,7 @@ class Situation:
 
     @property
     def staying(self) -> list[ObservedPod]:
-        return [pod for pod in self.observed.pods if not pod.retiring]
+        return [pod for pod in self.observed.pods if self.observed.stays(pod)]
 
     @property
     def ready(self) -> int:
@@ -61,12 +61,12 @@ class Situation:
     @property
     def complete(self) -> bool:
         """Whether the target revision serves at full strength, alone."""
-        staying = self.staying
+        observed, staying = self.observed, self.staying
         return (
             self.target is not None
             and len(staying) == self.bounds.replicas
-            and all(p.revision == self.target and self.observed.routable(p) for p in staying)
-            and all(p.revision == self.target for p in self.observed.pods if not p.lost)
+            and all(observed.routable(pod) for pod in staying)
+            and all(p.revision == self.target for p in observed.pods if not observed.gone(p))
         )
 
     @property
@@ -220,7 +220,8 @@ def _progressing(situation: Situation) -> _Verdict:
         return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
     mine = [pod for pod in situation.staying if pod.revision == target]
     routable = sum(map(situation.observed.routable, mine))
-    others = sum(not pod.lost for pod in situation.observed.pods) - len(mine)
+    observed = situation.observed
+    others = sum(not observed.gone(pod) for pod in observed.pods) - len(mine)
     message = f"revision {target}: {routable} of {situation.bounds.replicas} replicas take requests"
     if others:
         message += f"; {others} of other revisions still there"

@@ -16,7 +16,8 @@ def route_table(
 
     A pod enters when it is ready for the first time and stays until it is gone, so that a
     router can tell when its last request has ended. Revisions share new requests by the number
-    of their replicas. The generation is the present one if nothing changes, else the next.
+    of their replicas. The generation is the present one if nothing changes, else the next: also
+    after that on which routers act, where the table that they read was lost.
     """
     routing = service.spec.routing
     autoscaling = service.spec.autoscaling
@@ -31,7 +32,7 @@ def route_table(
         max_queued=queue.max_queued,
         queue_timeout_seconds=queue.queue_timeout_seconds,
     )
-    return _numbered(_over_pods(table, observed, leaving), observed.table)
+    return _numbered(_over_pods(table, observed, leaving), observed)
 
 
 def frozen_table(observed: Observed, leaving: frozenset[str]) -> RouteTable | None:
@@ -42,7 +43,7 @@ def frozen_table(observed: Observed, leaving: frozenset[str]) -> RouteTable | No
     claimed = {claim.model_id for claim in observed.claims}
     models = tuple(model for model in observed.table.models if model not in claimed)
     table = observed.table.model_copy(update={"models": models})
-    return _numbered(_over_pods(table, observed, leaving), observed.table)
+    return _numbered(_over_pods(table, observed, leaving), observed)
 
 
 def closed_table(observed: Observed) -> RouteTable | None:
@@ -51,7 +52,7 @@ def closed_table(observed: Observed) -> RouteTable | None:
         return None
     leaving = frozenset(pod.name for pod in observed.pods)
     table = observed.table.model_copy(update={"models": ()})
-    return _numbered(_over_pods(table, observed, leaving), observed.table)
+    return _numbered(_over_pods(table, observed, leaving), observed)
 
 
 def _over_pods(table: RouteTable, observed: Observed, leaving: frozenset[str]) -> RouteTable:
@@ -60,7 +61,7 @@ def _over_pods(table: RouteTable, observed: Observed, leaving: frozenset[str]) -
     for pod in sorted(observed.pods, key=lambda pod: pod.name):
         # Between two of its processes a pod has no address: the last one stands.
         address = pod.address or known.get(pod.name)
-        enters = pod.ready and pod.name not in leaving
+        enters = (pod.ready or observed.reached(pod)) and pod.name not in leaving
         if address is not None and (pod.name in known or enters):
             endpoints.append(
                 Endpoint(
@@ -75,10 +76,10 @@ def _over_pods(table: RouteTable, observed: Observed, leaving: frozenset[str]) -
     return table.model_copy(update={"endpoints": tuple(endpoints), "weights": weights})
 
 
-def _numbered(table: RouteTable, current: RouteTable | None) -> RouteTable:
-    if current is None:
-        return table.model_copy(update={"generation": 1})
-    same = table.model_copy(update={"generation": current.generation})
-    if same == current:
+def _numbered(table: RouteTable, observed: Observed) -> RouteTable:
+    current = observed.table
+    number = current.generation if current is not None else 0
+    heard = max((router.generation for router in observed.routers), default=0)
+    if table.model_copy(update={"generation": number}) == current and heard <= number:
         return current
-    return table.model_copy(update={"generation": current.generation + 1})
+    return table.model_copy(update={"generation": max(number, heard) + 1})

@@ -111,7 +111,7 @@ def replicas_of(observed: Observed, weights: Mapping[str, int] | None) -> list[R
     revision has a weight; `weights` None: every revision has one."""
     replicas = []
     for pod in (group.as_replica() for group in groups_of(observed.pods)):
-        if pod.lost:
+        if observed.gone(pod):
             continue
         weighted = weights is None or weights.get(pod.revision, 0) > 0
         replicas.append(
