@@ -90,10 +90,6 @@ class Backend(Protocol):
 
     def scale(self, name: str, replicas: int) -> ApplyResult: ...
 
-    def annotate(self, name: str, key: str, value: str) -> None:
-        """Sets an annotation of a service, and nothing else of it."""
-        ...
-
     def delete(self, name: str) -> bool:
         """False where there is no such service."""
         ...

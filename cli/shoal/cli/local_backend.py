@@ -60,9 +60,6 @@ class LocalBackend:
     def scale(self, name: str, replicas: int) -> ApplyResult:
         return self.store.scale(name, replicas)
 
-    def annotate(self, name: str, key: str, value: str) -> None:
-        self.store.annotate(name, key, value)
-
     def delete(self, name: str) -> bool:
         return self.store.delete(name)
 

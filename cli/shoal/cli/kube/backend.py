@@ -121,11 +121,6 @@ class KubeBackend:
         self._client.call("PATCH", path, query, {"spec": {"replicas": replicas}}, _MERGE)
         return "configured"
 
-    def annotate(self, name: str, key: str, value: str) -> None:
-        change = {"metadata": {"annotations": {key: value}}}
-        query = [("fieldManager", MANAGER)]
-        self._client.call("PATCH", self._service(name), query, change, _MERGE)
-
     def delete(self, name: str) -> bool:
         self._check_definition()
         options = {"propagationPolicy": "Background"}

@@ -137,14 +137,6 @@ class Store:
             spec = document["spec"] | {"replicas": replicas}
             return self._write(current, parse_document(document | {"spec": spec}))
 
-    def annotate(self, name: str, key: str, value: str) -> None:
-        """Sets an annotation of the desired service. Raises UnknownService."""
-        with self._writing():
-            current = self._existing(name)
-            annotations = {**current.metadata.annotations, key: value}
-            metadata = current.metadata.model_copy(update={"annotations": annotations})
-            self._write(current, current.model_copy(update={"metadata": metadata}))
-
     def delete(self, name: str) -> bool:
         """Removes the desired service; the supervisor drains and removes what runs for it."""
         with self._writing():
