@@ -101,9 +101,9 @@ def test_one_name_in_two_files_is_refused(served: Any) -> None:
 
 def test_apply_warns_of_what_would_have_no_effect(world: Any) -> None:
     """A feature that is not there yet is named; so is that nothing serves."""
-    done = world.shoal("apply", "-f", world.write(engine={"quantization": "int8"}))
+    done = world.shoal("apply", "-f", world.write(engine={"quantization": "fp8"}))
     assert done.exit_code == 0
-    assert "chat: not supported yet: spec.engine.quantization=int8" in done.stderr
+    assert "chat: not supported yet: spec.engine.quantization=fp8" in done.stderr
     assert "shoal up" in done.stderr
 
 
