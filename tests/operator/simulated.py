@@ -211,14 +211,13 @@ class Cluster:
     def serving(self) -> frozenset[str]:
         """Replicas that routers send requests to and that nobody has begun to end: whatever the
         planner thinks of them."""
-        routers = self.snapshot().observed.routers
+        views = [router.endpoints for router in self._routers()]
         return frozenset(
-            name
-            for name, pod in self.pods.items()
-            if all(name in r.endpoints and r.endpoints[name].admitted for r in routers)
-            and routers
-            and not self._leaves(name)
-            and ANNOTATION_DRAIN_STARTED not in pod["metadata"].get("annotations", {})
+            group.name
+            for group in self.groups()
+            if any(group.name in view and view[group.name].admitted for view in views)
+            and not group.leaving
+            and group.as_replica().drain_started is None
         )
 
     def _routers(self) -> tuple[RouterView, ...]:

@@ -227,6 +227,7 @@ class FakeApi:
         uid = body["metadata"].get("uid", before["metadata"]["uid"])
         if uid != before["metadata"]["uid"]:
             raise Answer(409, "Conflict", "the uid differs")
+        _same_version(body, before)
         merged = copy.deepcopy(before)
         if sub == "status":
             merged["status"] = body["status"]
