@@ -114,10 +114,11 @@ def crowd(
     routers = ("scale", "deployment/shoal-router", "-n", platform.NAMESPACE)
     kube.kubectl(*routers, "--replicas=0")
     yield Crowd(cluster, shoal, namespace, report, api)
-    kube.kubectl(*routers, "--replicas=2")
     kube.kubectl("delete", "infs", "--all", "-n", namespace, "--wait=false", seconds=300)
     kube.kubectl("delete", "namespace", namespace, "--wait=true", seconds=400)
     kube.kubectl("delete", "nodes", "-l", "type=kwok")
+    kube.kubectl(*routers, "--replicas=2")
+    kube.kubectl("rollout", "status", "-n", platform.NAMESPACE, routers[1], "--timeout=60s")
 
 
 def test_a_thousand_services_are_reconciled(crowd: Crowd) -> None:
