@@ -186,7 +186,7 @@ def _start(layout: Layout, programs: Path, kubectl: Path, say: Say) -> None:
     )
     wheels.start(layout, processes)
     kwok.start(layout, processes, programs)
-    run(kubectl, "--kubeconfig", layout.kubeconfig(), "apply", "-f", HERE / "conf/coredns.yaml")
+    run(kubectl, "--kubeconfig", layout.kubeconfig(), "apply", "-f", HERE / "conf/addons.yaml")
     ready = ("wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=1s")
     wait_for("the node", 60, lambda: k(*ready))
     say("node Ready")
@@ -201,7 +201,7 @@ def _write_configuration(layout: Layout) -> None:
         if source.suffix in (".toml", ".yaml", ".conflist"):
             target = layout.conf / ("cni" if source.suffix == ".conflist" else "") / source.name
             text = source.read_text()
-            templated = source.name not in ("coredns.yaml", "kwok.yaml")
+            templated = source.name not in ("addons.yaml", "kwok.yaml")
             target.write_text(string.Template(text).substitute(values) if templated else text)
     (layout.conf / "resolv.conf").write_text("")
 

@@ -99,7 +99,10 @@ def own_values(layout: Layout, say: Say) -> Mapping[str, Any]:
             "image": {"tag": tags["router"]},
             "resources": {"requests": {"cpu": "20m"}, "limits": {"memory": "1Gi"}},
         },
-        "workers": {"image": {"repository": base, "tag": base_tag}},
+        "workers": {
+            "image": {"repository": base, "tag": base_tag},
+            "podOverlay": {"spec": {"runtimeClassName": runtime.HOST_CLASS}},
+        },
     }
 
 

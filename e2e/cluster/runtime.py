@@ -1,15 +1,15 @@
 """containerd: started with the host's user land bound into every container, stopped with all
 that it held.
 
-A pod of image `localhost/base:1` sees the host's /usr, this interpreter, its virtual environment
-and this checkout read-only, so that a worker runs the code of the checkout in a real container
-and no image of gigabytes is built for a test.
+A pod of image `localhost/base:1` and runtime class `host` sees the host's /usr, this interpreter,
+its virtual environment and this checkout read-only, so that a worker runs the code of the checkout
+in a real container and no image of gigabytes is built for a test. Others see their image alone.
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -20,15 +20,32 @@ from e2e.cluster.layout import CHECKOUT, ClusterError, Layout
 from e2e.cluster.processes import Processes
 
 BASE_IMAGE: Final = "localhost/base:1"
+HOST_CLASS: Final = "host"
+ROOMS: Final = ("api", "kernels", "worker", "router", "operator", "cli")
+_CHECKOUT: Final = Path("/srv/checkout")
+_VENV: Final = Path("/srv/venv")
 _SYSTEM: Final = ("/usr", "/etc/ssl", "/etc/alternatives", "/etc/ld.so.cache")
 
 
-def binds() -> list[Path]:
-    """Host paths that every container sees, read-only, where they are on the host."""
-    found = [*map(Path, (*_SYSTEM, sys.base_prefix, sys.prefix)), CHECKOUT]
-    paths = sorted({path.resolve() for path in found if path.exists()})
-    # A path below another one is there already.
-    return [path for path in paths if not any(other in path.parents for other in paths)]
+def binds() -> dict[Path, Path]:
+    """What every container sees of the host, read-only: path in the container -> on the host.
+
+    The checkout and its environment have places of their own: where they lie on the host, a pod
+    may have a volume, as on /tmp.
+    """
+    system = [Path(one) for one in (*_SYSTEM, sys.base_prefix) if Path(one).exists()]
+    kept = [path for path in system if not any(other in path.parents for other in system)]
+    return {**{path: path for path in kept}, _CHECKOUT: CHECKOUT, _VENV: Path(sys.prefix)}
+
+
+def environ() -> dict[str, str]:
+    """What makes `python` in a container the checkout's."""
+    rooms = (_CHECKOUT / room for room in ROOMS)
+    return {
+        "PATH": f"{_VENV / 'bin'}:{SYSTEM_PATH}",
+        "PYTHONPATH": ":".join(map(str, rooms)),
+        **wheels.environ(),
+    }
 
 
 def ctr(layout: Layout, *arguments: str | Path, seconds: float = 60) -> str:
@@ -38,24 +55,25 @@ def ctr(layout: Layout, *arguments: str | Path, seconds: float = 60) -> str:
 def start(layout: Layout, processes: Processes) -> None:
     """Raises ClusterError where containerd does not answer."""
     spec = json.loads(run("ctr", "oci", "spec"))
-    (layout.conf / "base-spec.json").write_text(json.dumps(base_spec(spec, binds())))
+    for name, paths in (("plain", {}), ("host", binds())):
+        (layout.conf / f"{name}-spec.json").write_text(json.dumps(base_spec(spec, paths)))
     processes.start("containerd", "containerd", "--config", layout.conf / "containerd.toml")
     wait_for("containerd", 20, lambda: attempt("ctr", "-a", layout.socket, "version", seconds=5))
 
 
-def base_spec(spec: Mapping[str, object], paths: Sequence[Path]) -> dict[str, object]:
-    """containerd's own container spec, with `paths` mounted."""
+def base_spec(spec: Mapping[str, object], paths: Mapping[Path, Path]) -> dict[str, object]:
+    """containerd's own container spec, with `paths` mounted (in the container -> on the host)."""
     mounts, process = spec["mounts"], spec["process"]
     assert isinstance(mounts, list) and isinstance(process, dict)
     bound = [
         {
             "destination": str(path),
             "type": "bind",
-            "source": str(path),
+            "source": str(source),
             # The checkout holds the mounts of other containers: not those.
-            "options": ["bind" if path == CHECKOUT else "rbind", "ro", "nosuid", "nodev"],
+            "options": ["bind" if source == CHECKOUT else "rbind", "ro", "nosuid", "nodev"],
         }
-        for path in paths
+        for path, source in paths.items()
     ]
     # Inherited: raising a hard limit needs CAP_SYS_RESOURCE, which root has not got everywhere.
     inherited = {key: value for key, value in process.items() if key != "rlimits"}
@@ -70,8 +88,7 @@ def import_own_images(layout: Layout, binaries: Path) -> None:
     """The pause and CoreDNS programs, and the root that worker pods run in."""
     images = layout.run / "images"
     images.mkdir(exist_ok=True)
-    environ = {"PATH": f"{Path(sys.prefix) / 'bin'}:{SYSTEM_PATH}", **wheels.environ()}
-    write_image(images / "base.tar", BASE_IMAGE, environ=environ, host_root=True)
+    write_image(images / "base.tar", BASE_IMAGE, environ=environ(), host_root=True)
     for name in ("pause", "coredns"):
         write_image(
             images / f"{name}.tar",

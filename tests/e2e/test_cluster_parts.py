@@ -45,9 +45,8 @@ def test_an_image_holds_its_files_and_says_how_it_starts(tmp_path: Path) -> None
 
 def test_containers_see_host_paths_read_only() -> None:
     """Binds are added to what containerd mounts anyway, and limits are inherited."""
-    spec = base_spec(
-        {"mounts": [{"destination": "/proc"}], "process": {"rlimits": []}}, [Path("/usr")]
-    )
+    taken = {"mounts": [{"destination": "/proc"}], "process": {"rlimits": []}}
+    spec = base_spec(taken, {Path("/usr"): Path("/usr")})
     mounts = spec["mounts"]
     assert isinstance(mounts, list)
     assert [mount["destination"] for mount in mounts] == ["/proc", "/usr"]
