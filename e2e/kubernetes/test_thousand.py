@@ -65,7 +65,8 @@ class Crowd:
         return psutil.Process(self.bed.pid_in_pod(self.shoal.leader(), "shoal.operator"))
 
     def writes(self) -> float:
-        """Writing requests that the API server has served to things the operator writes."""
+        """Writing requests that the API server has served to things the operator writes; what
+        kubelets and controllers write is the status of these, and not counted."""
         return sum(
             metrics_of(
                 self.api.get("/metrics").text,
