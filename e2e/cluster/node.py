@@ -101,6 +101,7 @@ def down(layout: Layout) -> None:
     if processes.alive("containerd"):
         runtime.remove_containers(layout)
         processes.stop(["containerd"])
+    runtime.end_shims(layout)
     left = runtime.unmount_all(layout)
     runtime.remove_cgroups()
     if layout.run.exists():

@@ -6,12 +6,15 @@ its virtual environment and this checkout read-only, so that a worker runs the c
 in a real container and no image of gigabytes is built for a test. Others see their image alone.
 """
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+
+import psutil
 
 from e2e.cluster import wheels
 from e2e.cluster.archive import SYSTEM_PATH, write_image
@@ -111,9 +114,18 @@ def remove_containers(layout: Layout) -> None:
         try:
             names = ctr(layout, kind, "ls", "-q").split()
         except ClusterError:
-            return  # containerd is gone, and its shims with the cgroups below
+            return
         for name in names:
             attempt("ctr", "-a", layout.socket, "-n", "k8s.io", kind, *how, name)
+
+
+def end_shims(layout: Layout) -> None:
+    """Ends containerd's helpers of containers that came and went while it was being stopped."""
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "containerd-shim" in " ".join(command[:1]) and str(layout.socket) in command:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def unmount_all(layout: Layout) -> list[str]:
