@@ -41,7 +41,10 @@ test: $(VENV)/dev.stamp ## install what the tests need and run them
 
 e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
 	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes $(E2E_FLAGS)
-	@$(BIN)/python -m pytest e2e/kubernetes $(E2E_FLAGS)
+	@$(BIN)/python -m pytest e2e/kubernetes --ignore e2e/kubernetes/test_thousand.py $(E2E_FLAGS)
+
+e2e-thousand: $(VENV)/dev.stamp ## a thousand services on a real Kubernetes: minutes, figures and goals
+	@$(BIN)/python -m pytest e2e/kubernetes/test_thousand.py
 
 images: ## container images of router, operator and worker (docker, podman or buildah; see images/)
 	@images/build.sh
