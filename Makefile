@@ -30,7 +30,7 @@ $(VENV)/run.stamp: $(UV) pyproject.toml constraints.txt $(NATIVE)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	@$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable ".[all,bench,dev]"
+	@$(UV) pip install --python $(BIN)/python --constraint constraints.txt --editable ".[all,ray,bench,dev]"
 	@touch $@
 
 demo: $(VENV)/run.stamp ## serve a small real model on this machine and ask it something
