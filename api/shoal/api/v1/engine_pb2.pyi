@@ -43,6 +43,25 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 3
 FINISH_REASON_ERROR: FinishReason.ValueType  # 4
 
+class _InFlight:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _InFlightEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[_InFlight.ValueType], builtins.type):
+    DESCRIPTOR: descriptor.EnumDescriptor
+    IN_FLIGHT_FINISH: _InFlight.ValueType  # 0
+    """they end on the weights they began with, beside the new ones"""
+    IN_FLIGHT_RECOMPUTE: _InFlight.ValueType  # 1
+    """those of which no token was sent yet begin anew on the new weights"""
+
+class InFlight(_InFlight, metaclass=_InFlightEnumTypeWrapper):
+    """What becomes of requests that are in flight at the swap."""
+
+IN_FLIGHT_FINISH: InFlight.ValueType  # 0
+"""they end on the weights they began with, beside the new ones"""
+IN_FLIGHT_RECOMPUTE: InFlight.ValueType  # 1
+"""those of which no token was sent yet begin anew on the new weights"""
+
 @typing.final
 class GenerateRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
@@ -94,7 +113,7 @@ class Start(message.Message):
     sample_index: builtins.int
     """index of the first sequence: a migrated one keeps its own"""
     revision: builtins.str
-    """refused with UNAVAILABLE where another revision is served; "" means any"""
+    """refused with UNAVAILABLE where its weights are not in memory; "": the active one"""
     @builtins.property
     def token_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.int]:
         """prompt, then tokens generated elsewhere before a migration"""
@@ -334,6 +353,7 @@ class Delta(message.Message):
     FINISH_REASON_FIELD_NUMBER: builtins.int
     CACHED_TOKENS_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
     id: builtins.str
     index: builtins.int
     """sample_index of Start plus 0..n-1"""
@@ -341,6 +361,8 @@ class Delta(message.Message):
     """set on the last delta of the sequence"""
     cached_tokens: builtins.int
     """prompt tokens found in the prefix cache; with the first delta"""
+    revision: builtins.str
+    """with the first delta, where it is not the one that Start named"""
     @builtins.property
     def token_ids(self) -> containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @builtins.property
@@ -366,10 +388,11 @@ class Delta(message.Message):
         finish_reason: FinishReason.ValueType = ...,
         cached_tokens: builtins.int = ...,
         error: Error | None = ...,
+        revision: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["cached_tokens", b"cached_tokens", "error", b"error", "finish_reason", b"finish_reason", "id", b"id", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["cached_tokens", b"cached_tokens", "error", b"error", "finish_reason", b"finish_reason", "id", b"id", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "revision", b"revision", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -495,12 +518,17 @@ class Load(message.Message):
 class GetModelRequest(message.Message):
     DESCRIPTOR: descriptor.Descriptor
 
+    REVISION_FIELD_NUMBER: builtins.int
+    revision: builtins.str
+    """the one wanted; where its weights are not in memory, and for "", the active one answers"""
     def __init__(
         self,
+        *,
+        revision: builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -639,6 +667,91 @@ class CacheEvents(message.Message):
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = typing.Literal["removed", b"removed", "reset", b"reset", "stored", b"stored"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SwapWeightsRequest(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    URI_FIELD_NUMBER: builtins.int
+    MODEL_REVISION_FIELD_NUMBER: builtins.int
+    REVISION_FIELD_NUMBER: builtins.int
+    IN_FLIGHT_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    uri: builtins.str
+    """of the model, as the worker's --model"""
+    model_revision: builtins.str
+    """package version, branch, tag or commit; "": none"""
+    revision: builtins.str
+    """revision hash of the service that these weights are"""
+    in_flight: InFlight.ValueType
+    sha256: builtins.str
+    """of the weight file (of several: of their digests, by name); "": not compared"""
+    def __init__(
+        self,
+        *,
+        uri: builtins.str = ...,
+        model_revision: builtins.str = ...,
+        revision: builtins.str = ...,
+        in_flight: InFlight.ValueType = ...,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["in_flight", b"in_flight", "model_revision", b"model_revision", "revision", b"revision", "sha256", b"sha256", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+@typing.final
+class SwapProgress(message.Message):
+    DESCRIPTOR: descriptor.Descriptor
+
+    class _Phase:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PhaseEnumTypeWrapper(enum_type_wrapper._EnumTypeWrapper[SwapProgress._Phase.ValueType], builtins.type):
+        DESCRIPTOR: descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: SwapProgress._Phase.ValueType  # 0
+        LOADING: SwapProgress._Phase.ValueType  # 1
+        """the weights are read and packed beside those in use"""
+        CHECKING: SwapProgress._Phase.ValueType  # 2
+        """checksums, and a known prompt's logits"""
+        SWAPPING: SwapProgress._Phase.ValueType  # 3
+        DONE: SwapProgress._Phase.ValueType  # 4
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
+    PHASE_UNSPECIFIED: SwapProgress.Phase.ValueType  # 0
+    LOADING: SwapProgress.Phase.ValueType  # 1
+    """the weights are read and packed beside those in use"""
+    CHECKING: SwapProgress.Phase.ValueType  # 2
+    """checksums, and a known prompt's logits"""
+    SWAPPING: SwapProgress.Phase.ValueType  # 3
+    DONE: SwapProgress.Phase.ValueType  # 4
+
+    PHASE_FIELD_NUMBER: builtins.int
+    FRACTION_FIELD_NUMBER: builtins.int
+    PAUSE_SECONDS_FIELD_NUMBER: builtins.int
+    SHA256_FIELD_NUMBER: builtins.int
+    phase: SwapProgress.Phase.ValueType
+    fraction: builtins.float
+    """of LOADING"""
+    pause_seconds: builtins.float
+    """DONE: how long no step could run for the swap"""
+    sha256: builtins.str
+    """DONE: of the weights now active, as in the request"""
+    def __init__(
+        self,
+        *,
+        phase: SwapProgress.Phase.ValueType = ...,
+        fraction: builtins.float = ...,
+        pause_seconds: builtins.float = ...,
+        sha256: builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["fraction", b"fraction", "pause_seconds", b"pause_seconds", "phase", b"phase", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

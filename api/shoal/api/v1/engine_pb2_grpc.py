@@ -54,6 +54,11 @@ class EngineStub:
                 request_serializer=shoal_dot_api_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
                 response_deserializer=shoal_dot_api_dot_v1_dot_engine__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.SwapWeights = channel.unary_stream(
+                '/shoal.v1.Engine/SwapWeights',
+                request_serializer=shoal_dot_api_dot_v1_dot_engine__pb2.SwapWeightsRequest.SerializeToString,
+                response_deserializer=shoal_dot_api_dot_v1_dot_engine__pb2.SwapProgress.FromString,
+                _registered_method=True)
 
 
 class EngineServicer:
@@ -89,6 +94,19 @@ class EngineServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SwapWeights(self, request, context):
+        """Puts other weights of the same shapes in the place of those that are served, while serving.
+        Idempotent: what is served already, or is the previous revision whose weights are still in
+        memory, is not loaded again. Ends with phase DONE, or with a status: FAILED_PRECONDITION
+        (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
+        set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
+        (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
+        DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +129,11 @@ def add_EngineServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=shoal_dot_api_dot_v1_dot_engine__pb2.DrainRequest.FromString,
                     response_serializer=shoal_dot_api_dot_v1_dot_engine__pb2.DrainResponse.SerializeToString,
+            ),
+            'SwapWeights': grpc.unary_stream_rpc_method_handler(
+                    servicer.SwapWeights,
+                    request_deserializer=shoal_dot_api_dot_v1_dot_engine__pb2.SwapWeightsRequest.FromString,
+                    response_serializer=shoal_dot_api_dot_v1_dot_engine__pb2.SwapProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +244,33 @@ class Engine:
             '/shoal.v1.Engine/Drain',
             shoal_dot_api_dot_v1_dot_engine__pb2.DrainRequest.SerializeToString,
             shoal_dot_api_dot_v1_dot_engine__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SwapWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.v1.Engine/SwapWeights',
+            shoal_dot_api_dot_v1_dot_engine__pb2.SwapWeightsRequest.SerializeToString,
+            shoal_dot_api_dot_v1_dot_engine__pb2.SwapProgress.FromString,
             options,
             channel_credentials,
             insecure,

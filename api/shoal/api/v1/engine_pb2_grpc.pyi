@@ -43,6 +43,15 @@ class EngineStub:
     """Takes no new requests and returns when those in flight have ended or the
     deadline has passed.
     """
+    SwapWeights: _grpc.UnaryStreamMultiCallable[_engine_pb2.SwapWeightsRequest, _engine_pb2.SwapProgress]
+    """Puts other weights of the same shapes in the place of those that are served, while serving.
+    Idempotent: what is served already, or is the previous revision whose weights are still in
+    memory, is not loaded again. Ends with phase DONE, or with a status: FAILED_PRECONDITION
+    (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
+    set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
+    (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
+    DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
+    """
 
 @_typing.type_check_only
 class EngineAsyncStub(EngineStub):
@@ -58,6 +67,15 @@ class EngineAsyncStub(EngineStub):
     Drain: _aio.UnaryUnaryMultiCallable[_engine_pb2.DrainRequest, _engine_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes no new requests and returns when those in flight have ended or the
     deadline has passed.
+    """
+    SwapWeights: _aio.UnaryStreamMultiCallable[_engine_pb2.SwapWeightsRequest, _engine_pb2.SwapProgress]  # type: ignore[assignment]
+    """Puts other weights of the same shapes in the place of those that are served, while serving.
+    Idempotent: what is served already, or is the previous revision whose weights are still in
+    memory, is not loaded again. Ends with phase DONE, or with a status: FAILED_PRECONDITION
+    (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
+    set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
+    (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
+    DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
     """
 
 class EngineServicer(metaclass=_abc_1.ABCMeta):
@@ -95,6 +113,21 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_engine_pb2.DrainResponse, _abc.Awaitable[_engine_pb2.DrainResponse]]:
         """Takes no new requests and returns when those in flight have ended or the
         deadline has passed.
+        """
+
+    @_abc_1.abstractmethod
+    def SwapWeights(
+        self,
+        request: _engine_pb2.SwapWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_engine_pb2.SwapProgress], _abc.AsyncIterator[_engine_pb2.SwapProgress]]:
+        """Puts other weights of the same shapes in the place of those that are served, while serving.
+        Idempotent: what is served already, or is the previous revision whose weights are still in
+        memory, is not loaded again. Ends with phase DONE, or with a status: FAILED_PRECONDITION
+        (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
+        set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
+        (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
+        DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
         """
 
 def add_EngineServicer_to_server(servicer: EngineServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
