@@ -1,0 +1,80 @@
+"""Both ends of a connection show that they hold the group's key, and neither sends it.
+
+    driver -> rank    32 bytes: the driver's nonce
+    rank   -> driver  32 bytes: the rank's nonce; 32: HMAC-SHA256(key, "rank" + both nonces)
+    driver -> rank    32 bytes: HMAC-SHA256(key, "driver" + both nonces)
+
+What follows on the connection is neither signed nor encrypted: the group's network is its own
+(a NetworkPolicy closes it), the key keeps strangers and ranks of other groups out.
+"""
+
+import hashlib
+import hmac
+import os
+import socket
+from typing import Final
+
+HANDSHAKE_SECONDS: Final = 5.0
+KEY_BYTES: Final = 32
+_NONCE: Final = 32
+_PROOF: Final = hashlib.sha256().digest_size
+
+
+class AuthError(ConnectionError):
+    """The other end does not hold this group's key, or does not speak."""
+
+
+def new_key() -> bytes:
+    return os.urandom(KEY_BYTES)
+
+
+def admit(connection: socket.socket, key: bytes) -> None:
+    """The driver's part, on a connection just accepted. Raises AuthError; the timeout of the
+    connection is as before."""
+    _exchange(connection, key, driver=True)
+
+
+def introduce(connection: socket.socket, key: bytes) -> None:
+    """A rank's part, on a connection just made. Raises AuthError."""
+    _exchange(connection, key, driver=False)
+
+
+def _exchange(connection: socket.socket, key: bytes, *, driver: bool) -> None:
+    before = connection.gettimeout()
+    connection.settimeout(HANDSHAKE_SECONDS)
+    try:
+        mine = os.urandom(_NONCE)
+        if driver:
+            connection.sendall(mine)
+            theirs, proof = _receive(connection, _NONCE), _receive(connection, _PROOF)
+            _check(proof, _proof(key, b"rank", mine, theirs))
+            connection.sendall(_proof(key, b"driver", mine, theirs))
+        else:
+            theirs = _receive(connection, _NONCE)
+            connection.sendall(mine + _proof(key, b"rank", theirs, mine))
+            _check(_receive(connection, _PROOF), _proof(key, b"driver", theirs, mine))
+    except OSError as error:
+        if isinstance(error, AuthError):
+            raise
+        raise AuthError(f"the other end broke the handshake off: {error}") from error
+    finally:
+        connection.settimeout(before)
+
+
+def _proof(key: bytes, role: bytes, driver_nonce: bytes, rank_nonce: bytes) -> bytes:
+    return hmac.digest(key, role + driver_nonce + rank_nonce, "sha256")
+
+
+def _check(given: bytes, expected: bytes) -> None:
+    if not hmac.compare_digest(given, expected):
+        raise AuthError("the other end does not hold this group's key")
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = connection.recv(size - len(data))
+        if not part:
+            raise AuthError("the other end hung up during the handshake")
+        data += part
+    return data
