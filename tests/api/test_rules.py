@@ -72,6 +72,11 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
         "minReplicas 0 needs scaleToZero",
     ),
     (
+        {"autoscaling": {"driver": "hpa", "maxReplicas": 4, "scaleToZero": {}}},
+        "spec.autoscaling.scaleToZero",
+        "scaleToZero does not go with driver hpa",
+    ),
+    (
         {"autoscaling": {"maxReplicas": 4, "metrics": [{"type": "KvUtilization", "target": 80}]}},
         "spec.autoscaling.metrics[0].target",
         "target 80 is too large",

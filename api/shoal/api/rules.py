@@ -16,7 +16,13 @@ from pydantic.alias_generators import to_camel
 from shoal.api import names
 from shoal.api.base import ApiModel
 from shoal.api.quantity import to_bytes
-from shoal.api.scaling import AutoscalingSpec, CanarySpec, MetricSpec, MetricType, RolloutSpec
+from shoal.api.rollout import CanarySpec, RolloutSpec
+from shoal.api.scaling import (
+    AutoscalingSpec,
+    MetricSpec,
+    MetricType,
+    ScalingDriver,
+)
 from shoal.api.service import InferenceService, InferenceServiceSpec, PodOverlay
 from shoal.api.workload import (
     CacheSpec,
@@ -158,6 +164,10 @@ def _zero_has_a_way_back(autoscaling: AutoscalingSpec) -> bool:
     return autoscaling.min_replicas > 0 or autoscaling.scale_to_zero is not None
 
 
+def _driver_knows_zero(autoscaling: AutoscalingSpec) -> bool:
+    return autoscaling.driver is not ScalingDriver.HPA or autoscaling.scale_to_zero is None
+
+
 def _rollout_can_move(rollout: RolloutSpec) -> bool:
     return rollout.max_surge > 0 or rollout.max_unavailable > 0
 
@@ -284,6 +294,16 @@ RULES: tuple[Rule, ...] = (
         "requests wait for it; add scaleToZero: {} or set minReplicas to 1 or more",
         general="minReplicas 0 needs scaleToZero; add scaleToZero: {} or set minReplicas to 1",
         values=(Value("self.minReplicas", lambda autoscaling: autoscaling.min_replicas),),
+    ),
+    Rule(
+        scopes=("spec.autoscaling",),
+        field="scaleToZero",
+        cel="self.driver != 'hpa' || !has(self.scaleToZero)",
+        holds=_driver_knows_zero,
+        message="scaleToZero does not go with driver %s, as a HorizontalPodAutoscaler keeps at "
+        "least one replica; leave it out, or choose driver internal or keda",
+        general="scaleToZero does not go with driver hpa; choose driver internal or keda",
+        values=(Value("self.driver", lambda autoscaling: autoscaling.driver),),
     ),
     Rule(
         scopes=("spec.autoscaling.metrics[]",),

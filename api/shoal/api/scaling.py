@@ -1,4 +1,4 @@
-"""How many replicas a service has, and how they change over from one revision to the next."""
+"""How many replicas a service has, and who decides it."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -17,6 +17,14 @@ class MetricType(StrEnum):
     TTFT_P95 = "TtftP95"
 
 
+class ScalingDriver(StrEnum):
+    """Who writes the number of replicas."""
+
+    INTERNAL = "internal"
+    HPA = "hpa"
+    KEDA = "keda"
+
+
 class SelectPolicy(StrEnum):
     """Which of several scaling policies counts."""
 
@@ -30,21 +38,6 @@ class PolicyType(StrEnum):
 
     PODS = "Pods"
     PERCENT = "Percent"
-
-
-class RolloutStrategy(StrEnum):
-    """How a new revision takes over."""
-
-    IN_PLACE = "InPlace"
-    ROLLING_UPDATE = "RollingUpdate"
-    BLUE_GREEN = "BlueGreen"
-
-
-class InFlight(StrEnum):
-    """What becomes of requests in flight when weights are swapped in place."""
-
-    FINISH = "finish"
-    RECOMPUTE = "recompute"
 
 
 class MetricSpec(ApiModel):
@@ -152,6 +145,11 @@ class ScaleToZeroSpec(ApiModel):
 class AutoscalingSpec(ApiModel):
     """Replicas follow the load between two bounds."""
 
+    driver: ScalingDriver = Field(
+        default=ScalingDriver.INTERNAL,
+        description="internal: Shoal's own autoscaler. hpa: a HorizontalPodAutoscaler that Shoal "
+        "makes and serves the metrics of. keda: a ScaledObject, likewise.",
+    )
     min_replicas: int = Field(
         default=1, ge=0, le=MAX_COUNT, description="Fewest replicas; 0 needs scaleToZero."
     )
@@ -167,103 +165,4 @@ class AutoscalingSpec(ApiModel):
     )
     scale_to_zero: ScaleToZeroSpec | None = Field(
         default=None, description="When the last replica goes. Needed where minReplicas is 0."
-    )
-
-
-class CanaryStep(ApiModel):
-    """A share of new requests for the new revision, and how long it stays."""
-
-    weight: int = Field(ge=1, le=100, description="Percent of new requests for the new revision.")
-    pause_seconds: int = Field(
-        default=0, ge=0, le=604_800, description="Time at this weight before the next step."
-    )
-    until_promoted: bool = Field(
-        default=False,
-        description="Stay at this weight until somebody promotes the canary by hand.",
-    )
-
-
-class CanaryAnalysis(ApiModel):
-    """Compares the new revision with the stable one, and rolls back where it is worse."""
-
-    interval_seconds: int = Field(default=10, ge=1, le=3600, description="Time between two looks.")
-    min_requests: int = Field(
-        default=50,
-        ge=1,
-        le=1_000_000,
-        description="Requests of the new revision before it is judged.",
-    )
-    max_failures: int = Field(
-        default=3, ge=1, le=1000, description="Looks in a row that may fail before the way back."
-    )
-    max_error_rate: float = Field(
-        default=0.01, ge=0, le=1, description="Share of requests that may fail."
-    )
-    max_ttft_p95_ratio: float = Field(
-        default=1.3,
-        ge=1,
-        le=1000,
-        description="p95 time to first token, relative to the stable revision.",
-    )
-    max_itl_p95_ratio: float = Field(
-        default=1.3,
-        ge=1,
-        le=1000,
-        description="p95 time between tokens, relative to the stable revision.",
-    )
-
-
-class CanarySpec(ApiModel):
-    """A new revision takes over step by step."""
-
-    steps: tuple[CanaryStep, ...] = Field(
-        min_length=1,
-        max_length=20,
-        description="Rising weights; the last is 100.",
-        json_schema_extra={"x-kubernetes-list-type": "atomic"},
-    )
-    analysis: CanaryAnalysis | None = Field(
-        default=None,
-        description="Judges the new revision at every step. Default: time alone decides.",
-    )
-    abort_retention_seconds: int = Field(
-        default=600,
-        ge=0,
-        le=604_800,
-        description="Time that replicas of an aborted canary stay, without requests, "
-        "to be looked at.",
-    )
-
-
-class RolloutSpec(ApiModel):
-    """How a new revision takes over."""
-
-    strategy: RolloutStrategy = Field(
-        default=RolloutStrategy.ROLLING_UPDATE,
-        description="RollingUpdate: replica by replica. BlueGreen: a full second set, "
-        "then a switch. InPlace: new weights in running replicas.",
-    )
-    max_surge: int = Field(
-        default=1,
-        ge=0,
-        le=MAX_COUNT,
-        description="Replicas above the wanted number during a rollout.",
-    )
-    max_unavailable: int = Field(
-        default=0, ge=0, le=MAX_COUNT, description="Replicas that may be missing during a rollout."
-    )
-    drain_seconds: int = Field(
-        default=60,
-        ge=0,
-        le=86_400,
-        description="Time for requests in flight to end before a replica is stopped; "
-        "what is left then goes on at another replica.",
-    )
-    in_flight: InFlight = Field(
-        default=InFlight.FINISH,
-        description="InPlace only. finish: requests end on the weights they began with. "
-        "recompute: they go on with the new ones.",
-    )
-    canary: CanarySpec | None = Field(
-        default=None, description="Take over step by step. Default: at once."
     )

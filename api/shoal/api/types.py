@@ -9,21 +9,28 @@ from shoal.api.manifest import (
     to_document,
 )
 from shoal.api.quantity import to_bytes, to_cores
-from shoal.api.routes import RoutingPolicy
-from shoal.api.scaling import (
-    AutoscalingSpec,
+from shoal.api.rollout import (
+    AnalysisWebhook,
+    BlueGreenSpec,
     CanaryAnalysis,
+    CanaryAudience,
     CanarySpec,
     CanaryStep,
     InFlight,
+    RollbackSpec,
+    RolloutSpec,
+    RolloutStrategy,
+)
+from shoal.api.routes import RoutingPolicy
+from shoal.api.scaling import (
+    AutoscalingSpec,
     MetricSpec,
     MetricType,
     PolicyType,
-    RolloutSpec,
-    RolloutStrategy,
     ScaleDownRules,
     ScaleToZeroSpec,
     ScalingBehavior,
+    ScalingDriver,
     ScalingPolicy,
     ScalingRules,
     SelectPolicy,
@@ -61,12 +68,15 @@ from shoal.api.workload import (
 
 __all__ = [
     "Adapter",
+    "AnalysisWebhook",
     "ApiModel",
     "AutoscalingSpec",
     "AutoscalingStatus",
+    "BlueGreenSpec",
     "CacheSpec",
     "CacheType",
     "CanaryAnalysis",
+    "CanaryAudience",
     "CanarySpec",
     "CanaryStatus",
     "CanaryStep",
@@ -92,6 +102,7 @@ __all__ = [
     "Problem",
     "Quantization",
     "ResourcesSpec",
+    "RollbackSpec",
     "RolloutSpec",
     "RolloutStrategy",
     "RoutingPolicy",
@@ -99,6 +110,7 @@ __all__ = [
     "ScaleDownRules",
     "ScaleToZeroSpec",
     "ScalingBehavior",
+    "ScalingDriver",
     "ScalingPolicy",
     "ScalingRules",
     "SelectPolicy",
