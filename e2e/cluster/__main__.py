@@ -1,11 +1,11 @@
-"""`python -m e2e.cluster up|down|status|stop|start`: a real Kubernetes on this machine, by hand."""
+"""`python -m e2e.cluster up|down|status|...`: a real Kubernetes on this machine, by hand."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from e2e import tools
-from e2e.cluster import node
+from e2e.cluster import host, node
 from e2e.cluster.command import stopwatch
 from e2e.cluster.layout import ClusterError, default_layout
 from e2e.cluster.processes import Processes
@@ -19,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("up", help="build what is missing and start it; nothing where it is up")
     actions.add_parser("down", help="stop it and put the machine back as it was")
+    actions.add_parser("add-node", help="a second node, for what is done with nodes")
+    actions.add_parser("remove-node", help="end it")
     actions.add_parser("status", help="its processes, and how to reach it; exit 1 where not up")
     for action, text in (("stop", "stop a process, as a fault"), ("start", "start it again")):
         actions.add_parser(action, help=text).add_argument("process", help="kube-apiserver, ...")
@@ -44,6 +46,10 @@ def _act(options: argparse.Namespace) -> int:
         case "down":
             node.down(layout)
             say("the cluster is gone")
+        case "add-node":
+            host.add(layout, say)
+        case "remove-node":
+            host.remove(layout)
         case "stop":
             processes.stop([options.process])
         case "start":

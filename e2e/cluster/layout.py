@@ -17,7 +17,6 @@ HERE: Final = Path(__file__).resolve().parent
 KUBERNETES: Final = "1.35.4"
 KWOK: Final = "v0.8.0"
 BRIDGE: Final = "shoal-e2e0"
-NODE: Final = "node1"
 NODE_IP: Final = "198.18.0.1"  # of the range for benchmarks (RFC 2544): nobody routes it
 POD_RANGE: Final = "198.18.0.0/16"
 SERVICE_RANGE: Final = "198.19.0.0/16"
@@ -31,11 +30,35 @@ class ClusterError(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """A node: what kubelets and container runtimes of one machine may not share."""
+
+    name: str
+    address: str
+    first_pod: str  # where its pods' addresses begin
+    health_port: int  # the kubelet's, on 127.0.0.1
+    cgroup: str  # below every hierarchy's root; what is below it is the kubelet's to remove
+
+    @property
+    def user(self) -> str:
+        """Whom the kubelet is to the API server, as files are called."""
+        return f"kubelet.{self.name}"
+
+
+FIRST: Final = Host("node1", NODE_IP, "198.18.1.1", 33248, "/")
+SECOND: Final = Host("node2", "198.18.0.2", "198.18.128.1", 33250, "/shoal-e2e-node2")
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
-    """Folders of one checkout's cluster."""
+    """Folders of one checkout's cluster, or of a further node of it."""
 
     run: Path
     cache: Path
+
+    def of(self, host: Host) -> "Layout":
+        """The folders of a node: the first one's are the cluster's."""
+        return self if host == FIRST else Layout(self.run / host.name, self.cache)
 
     @property
     def pki(self) -> Path:

@@ -1,11 +1,12 @@
 """The bridge that pods and the node share, and the kernel settings they need."""
 
 import json
+import re
 from pathlib import Path
 from typing import Final
 
 from e2e.cluster.command import attempt, run
-from e2e.cluster.layout import BRIDGE, NODE_IP, SERVICE_RANGE, Layout
+from e2e.cluster.layout import BRIDGE, NODE_IP, SECOND, SERVICE_RANGE, Host, Layout
 
 WANTED: Final = {"net.ipv4.ip_forward": "1", "net.bridge.bridge-nf-call-iptables": "1"}
 # The kubelet sets these itself.
@@ -28,12 +29,25 @@ def make_network(layout: Layout) -> None:
     run("ip", "route", "replace", SERVICE_RANGE, "dev", BRIDGE, "src", NODE_IP)
 
 
+def add_address(address: str) -> None:
+    """A further node's, on the bridge."""
+    run("ip", "addr", "replace", f"{address}/16", "dev", BRIDGE)
+
+
+def remove_address(address: str) -> None:
+    attempt("ip", "addr", "del", f"{address}/16", "dev", BRIDGE)
+
+
+def namespaces(host: Host | None = None) -> list[str]:
+    """Network namespaces of the cluster's pods, or of one node's."""
+    names = (line.split()[0] for line in run("ip", "netns", "list").splitlines())
+    return [name for name in names if name.startswith("cni-") and _is_of(name, host)]
+
+
 def remove_network(layout: Layout) -> None:
     """Also what kube-proxy and the CNI plugins left behind."""
-    for line in run("ip", "netns", "list").splitlines():
-        name = line.split()[0]
-        if name.startswith("cni-") and _is_ours(name):
-            attempt("ip", "netns", "del", name)
+    for name in namespaces():
+        attempt("ip", "netns", "del", name)
     for family in ("ip", "ip6"):
         attempt("nft", "delete", "table", family, "kube-proxy")
     attempt("ip", "link", "del", BRIDGE)
@@ -46,8 +60,17 @@ def remove_network(layout: Layout) -> None:
                 attempt("sysctl", "-qw", f"{name}={value}")
 
 
-def _is_ours(namespace: str) -> bool:
-    return "inet 198.18." in run("ip", "-n", namespace, "-4", "addr", "show")
+def _is_of(namespace: str, host: Host | None) -> bool:
+    shown = run("ip", "-n", namespace, "-4", "addr", "show")
+    found = re.search(r"inet (198\.18\.(\d+)\.\d+)", shown)
+    if host is None or found is None:
+        return found is not None
+    return (int(found[2]) >= _third(SECOND)) == (host == SECOND)
+
+
+def _third(host: Host) -> int:
+    """Where a node's pods begin, in the third of an address's numbers."""
+    return int(host.first_pod.split(".")[2])
 
 
 def _read(name: str) -> str | None:

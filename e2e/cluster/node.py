@@ -8,26 +8,24 @@ import json
 import os
 import shutil
 import signal
-import string
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from e2e import tools
-from e2e.cluster import binaries, kwok, requirements, runtime, wheels
+from e2e.cluster import binaries, host, kwok, requirements, runtime, wheels
 from e2e.cluster.command import Say, attempt, run, wait_for
 from e2e.cluster.layout import (
     API_SERVER,
-    BRIDGE,
+    FIRST,
     HERE,
-    NODE,
     NODE_IP,
     SERVICE_RANGE,
     ClusterError,
     Layout,
 )
 from e2e.cluster.network import make_network, remove_network
-from e2e.cluster.pki import make_keys
+from e2e.cluster.pki import FRONT_PROXY, make_keys
 from e2e.cluster.processes import Processes, identify, same
 
 CONTROL_PLANE: Final = (
@@ -92,6 +90,7 @@ def is_up(layout: Layout) -> bool:
 
 def down(layout: Layout) -> None:
     """Stops everything and puts the machine back as it was. Raises ClusterError."""
+    host.end(layout)
     processes = Processes(layout)
     others = [name for name in processes.names() if name not in CONTROL_PLANE]
     clients = ["kubelet", "kube-proxy", "kube-scheduler", "kube-controller-manager"]
@@ -140,14 +139,12 @@ def _write_claim(layout: Layout, owned: bool) -> None:
 
 def _start(layout: Layout, programs: Path, kubectl: Path, say: Say) -> None:
     shutil.rmtree(layout.run, ignore_errors=True)
-    for folder in (layout.logs, layout.records, layout.conf / "cni"):
-        folder.mkdir(parents=True)
-    for folder in (layout.run / "etcd", layout.run / "opt", layout.run / "pod-logs"):
-        folder.mkdir(mode=0o700)
+    host.make_folders(layout)
+    (layout.run / "etcd").mkdir(mode=0o700)
     processes = Processes(layout)
     make_network(layout)
     make_keys(layout)
-    _write_configuration(layout)
+    host.write_configuration(layout, FIRST)
     processes.start("etcd", *_etcd(layout, programs))
     processes.start("kube-apiserver", *_api_server(layout, programs))
     runtime.start(layout, processes)
@@ -169,6 +166,7 @@ def _start(layout: Layout, programs: Path, kubectl: Path, say: Say) -> None:
         *("--service-account-private-key-file", pki / "sa.key"),
         *("--cluster-signing-cert-file", pki / "ca.crt"),
         *("--cluster-signing-key-file", pki / "ca.key"),
+        *("--horizontal-pod-autoscaler-sync-period", "5s"),
     )
     processes.start(
         "kube-scheduler",
@@ -176,35 +174,18 @@ def _start(layout: Layout, programs: Path, kubectl: Path, say: Say) -> None:
         *("--kubeconfig", layout.kubeconfig("kube-scheduler")),
         *("--bind-address", "127.0.0.1", "--secure-port", "33259"),
     )
-    processes.start(
-        "kubelet",
-        *(programs / "kubelet", "--config", layout.conf / "kubelet.yaml"),
-        *("--kubeconfig", layout.kubeconfig("kubelet"), "--root-dir", layout.run / "kubelet"),
-        *("--hostname-override", NODE, "--node-ip", NODE_IP),
-    )
+    host.start_kubelet(layout, FIRST, programs)
     processes.start(
         "kube-proxy", programs / "kube-proxy", "--config", layout.conf / "kube-proxy.yaml"
     )
     wheels.start(layout, processes)
     kwok.start(layout, processes, programs)
     run(kubectl, "--kubeconfig", layout.kubeconfig(), "apply", "-f", HERE / "conf/addons.yaml")
-    ready = ("wait", "--for=condition=Ready", f"node/{NODE}", "--timeout=1s")
-    wait_for("the node", 60, lambda: k(*ready))
+    wait_for("the node", 60, lambda: host.is_ready(layout, FIRST))
     say("node Ready")
     rolled = ("-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=1s")
     wait_for("CoreDNS", 60, lambda: k(*rolled))
     say("CoreDNS Ready")
-
-
-def _write_configuration(layout: Layout) -> None:
-    values = {"run": str(layout.run), "socket": str(layout.socket), "bridge": BRIDGE}
-    for source in (HERE / "conf").iterdir():
-        if source.suffix in (".toml", ".yaml", ".conflist"):
-            target = layout.conf / ("cni" if source.suffix == ".conflist" else "") / source.name
-            text = source.read_text()
-            templated = source.name not in ("addons.yaml", "kwok.yaml")
-            target.write_text(string.Template(text).substitute(values) if templated else text)
-    (layout.conf / "resolv.conf").write_text("")
 
 
 def _etcd(layout: Layout, programs: Path) -> list[str | Path]:
@@ -232,6 +213,15 @@ def _api_server(layout: Layout, programs: Path) -> list[str | Path]:
         *("--service-account-key-file", pki / "sa.key"),
         *("--service-account-signing-key-file", pki / "sa.key"),
         *("--service-cluster-ip-range", SERVICE_RANGE, "--allow-privileged=true"),
+        # Aggregated APIs: the server tells them who asks, and vouches by this certificate.
+        *("--requestheader-client-ca-file", pki / "front-proxy-ca.crt"),
+        *("--requestheader-allowed-names", FRONT_PROXY),
+        *("--requestheader-extra-headers-prefix", "X-Remote-Extra-"),
+        *("--requestheader-group-headers", "X-Remote-Group"),
+        *("--requestheader-username-headers", "X-Remote-User"),
+        *("--proxy-client-cert-file", pki / f"{FRONT_PROXY}.crt"),
+        *("--proxy-client-key-file", pki / f"{FRONT_PROXY}.key"),
+        "--enable-aggregator-routing=true",
         *("--kubelet-preferred-address-types", "InternalIP"),
         *("--kubelet-certificate-authority", pki / "ca.crt"),
         *("--kubelet-client-certificate", pki / "kubelet-client.crt"),

@@ -137,8 +137,10 @@ def unmount_all(layout: Layout) -> list[str]:
     return _mounts(layout)
 
 
-def remove_cgroups() -> None:
-    for root in (*Path("/sys/fs/cgroup").glob("*/kubepods"), Path("/sys/fs/cgroup/kubepods")):
+def remove_cgroups(*roots: Path) -> None:
+    """Control groups and what is below them; those of the first node's kubelet by default."""
+    own = (*Path("/sys/fs/cgroup").glob("*/kubepods"), Path("/sys/fs/cgroup/kubepods"))
+    for root in roots or own:
         for folder, _, _ in os.walk(root, topdown=False):
             try:
                 Path(folder).rmdir()
