@@ -7,7 +7,7 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 sys.path.insert(0, str(Path(__file__).parent / "kernels"))
-from native_build import FOLDER, LIBRARY, compile_native
+from native_build import FOLDER, compile_native
 
 
 class NativeKernels(BuildHookInterface[Any]):
@@ -16,10 +16,10 @@ class NativeKernels(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Leaves the library beside its Python module, and in the wheel."""
-        if compile_native():
-            where = FOLDER.relative_to(Path(self.root).resolve()) / LIBRARY
-            build_data["artifacts"].append(f"/{where}")
-            if version != "editable":
-                build_data["pure_python"] = False
-                build_data["infer_tag"] = True
+        """Leaves the libraries beside their Python modules, and in the wheel."""
+        libraries = compile_native()
+        where = FOLDER.relative_to(Path(self.root).resolve())
+        build_data["artifacts"] += [f"/{where / name}" for name in libraries]
+        if libraries and version != "editable":
+            build_data["pure_python"] = False
+            build_data["infer_tag"] = True
