@@ -25,10 +25,11 @@ from shoal.worker.request import (
     SequenceKey,
 )
 from shoal.worker.scheduler import EngineStats, Scheduler
-from shoal.worker.sequence import Sequence, SequenceDelta, sequences_of
+from shoal.worker.sequence import Sequence, SequenceDelta, begun_anew, sequences_of
 from shoal.worker.step import StepPlan
 from shoal.worker.step_times import StepTimes
 from shoal.worker.validate import check_config, validate_request
+from shoal.worker.weight_sets import WeightSet, WeightSets
 
 __all__ = [
     "Engine",
@@ -93,7 +94,7 @@ class Engine:
         check_config(config)
         self._executor = executor
         self._config = config
-        self._revision = revision
+        self._weights = WeightSets(revision)
         self._clock = clock
         self._rng = rng or random.Random()
         self._scheduler = Scheduler(config, executor.num_blocks, executor.block_size)
@@ -130,7 +131,7 @@ class Engine:
         return replace(self._scheduler.counters)
 
     def add(self, request: EngineRequest) -> None:
-        """Queues a request. Raises InvalidRequest, or EngineDead."""
+        """Queues a request. Raises InvalidRequest, RevisionGone or EngineDead."""
         self._check_alive()
         executor = self._executor
         validate_request(
@@ -141,7 +142,8 @@ class Engine:
             delta.key.request_id == request_id for delta in self._pending
         ):
             raise InvalidRequest("id", f"id {request_id!r} is in flight already")
-        root = root_hash(self._revision, request.salt)
+        weights = self._weights.find(request.revision)
+        root = root_hash(weights.revision, request.salt)
         hashes: list[BlockHash] = []
         if self._config.enable_prefix_caching:
             hashes = block_hashes(root, request.token_ids, executor.block_size)
@@ -154,13 +156,15 @@ class Engine:
             max_model_len=self.max_model_len,
             root=root,
             hashes=hashes,
+            weights=weights.number,
         )
         self._arrivals += len(sequences)
         deadline = None
         if request.deadline_seconds is not None:
             deadline = self._clock() + request.deadline_seconds
             heappush(self._deadlines, (deadline, request_id))
-        self._requests[request_id] = _InFlight({seq.key.index: seq for seq in sequences}, deadline)
+        in_flight = {seq.key.index: seq for seq in sequences}
+        self._requests[request_id] = _InFlight(in_flight, deadline, request.salt)
         if len(self._deadlines) > 2 * len(self._requests):
             self._compact_deadlines()
         for seq in sequences:
@@ -183,6 +187,38 @@ class Engine:
                 self._forget(delta.key)
         changes = self._scheduler.blocks.cache.drain()
         return StepOutput(tuple(deltas), changes.stored, changes.removed)
+
+    # Weights. All of these come between steps.
+
+    @property
+    def weights(self) -> WeightSets:
+        """Which revisions requests may name."""
+        return self._weights
+
+    def activate(self, weights: WeightSet, *, recompute: bool) -> int:
+        """New requests run on these weights, which the executor has; those in flight finish on
+        the ones they began with. With `recompute` a request of which no token was drawn yet
+        begins anew on these; returns the number of such sequences."""
+        self._weights.activate(weights)
+        moved = 0
+        for request in self._requests.values() if recompute else ():
+            for seq in list(request.sequences.values()) if request.silent else ():
+                if seq.weights == weights.number:
+                    continue
+                size = self._executor.block_size if self._config.enable_prefix_caching else None
+                successor = begun_anew(seq, weights, request.salt, size)
+                self._scheduler.replace(seq, successor)
+                request.sequences[seq.key.index] = successor
+                moved += 1
+        return moved
+
+    def running_on(self, number: int) -> int:
+        """Sequences in flight that are bound to a set of weights. O(sequences)."""
+        return sum(
+            seq.weights == number
+            for request in self._requests.values()
+            for seq in request.sequences.values()
+        )
 
     def load(self) -> EngineLoad:
         """Cheap enough for every step."""
@@ -305,3 +341,12 @@ class _InFlight:
 
     sequences: dict[int, Sequence]
     deadline: float | None  # by the engine's clock
+    salt: str
+
+    @property
+    def silent(self) -> bool:
+        """Nobody has seen a token of it, neither here nor where it may have been before."""
+        return all(
+            len(seq.tokens) == seq.prompt_len and len(self.sequences) == seq.sampling.n
+            for seq in self.sequences.values()
+        )

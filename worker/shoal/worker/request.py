@@ -85,3 +85,4 @@ class EngineRequest:
     salt: str = ""
     deadline_seconds: float | None = None
     first_index: int = 0
+    revision: str = ""  # whose weights compute it; "": those active when it comes

@@ -108,6 +108,11 @@ class Scheduler:
         else:
             self._vacate(seq)
 
+    def replace(self, seq: Sequence, successor: Sequence) -> None:
+        """Ends a sequence, and queues another in its place in the order."""
+        self.end(seq)
+        self._enqueue(successor)
+
     def schedule(self) -> StepPlan:
         """Plans the next step. The plan has rows whenever a sequence is running or waiting."""
         assert self.num_running or not self.blocks.pool.num_used, "nobody runs, but blocks are held"
@@ -271,7 +276,13 @@ class Scheduler:
         if not seq.reported:
             seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
         return SlotInit(
-            slot, tuple(seq.tokens), seq.prompt_len, seq.sampling, seq.seed, tuple(seq.block_ids)
+            slot,
+            tuple(seq.tokens),
+            seq.prompt_len,
+            seq.sampling,
+            seq.seed,
+            tuple(seq.block_ids),
+            seq.weights,
         )
 
     def _prefill(self, seq: Sequence, draft: _Draft) -> None:

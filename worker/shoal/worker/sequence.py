@@ -8,7 +8,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from shoal.api.blocks import BlockHash
+from shoal.api.blocks import BlockHash, block_hashes, root_hash
 from shoal.worker.request import (
     EngineRequest,
     ErrorCode,
@@ -17,6 +17,7 @@ from shoal.worker.request import (
     SequenceKey,
 )
 from shoal.worker.step import PromptLogprobs, TokenLogprobs
+from shoal.worker.weight_sets import WeightSet
 
 _MASK64 = (1 << 64) - 1
 
@@ -34,6 +35,7 @@ class SequenceDelta(NamedTuple):
     cached_tokens: int = 0  # prompt tokens found in the prefix cache; with the first delta
     error: str | None = None  # with FinishReason.ERROR
     code: ErrorCode | None = None  # with FinishReason.ERROR
+    revision: str = ""  # with the first delta, where a swap moved the sequence to this one
 
 
 class Order(NamedTuple):
@@ -67,6 +69,8 @@ class Sequence:
     reported: bool = False  # the first delta went out
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    weights: int = 0  # number of the set that computes it
+    moved_to: str = ""  # the revision that a swap moved it to
 
     @property
     def remaining(self) -> int:
@@ -107,6 +111,7 @@ class Sequence:
             None if prompt is None else tuple(prompt),
             finish,
             self.cached_tokens,
+            revision=self.moved_to,
         )
 
     def ending(
@@ -115,6 +120,31 @@ class Sequence:
         """The last delta of a sequence that ends without a token."""
         cached = 0 if self.reported else self.cached_tokens
         return SequenceDelta(self.key, (), (), None, finish, cached, error, code)
+
+
+def begun_anew(seq: Sequence, weights: WeightSet, salt: str, block_size: int | None) -> Sequence:
+    """The sequence as it was admitted, on other weights. None of its tokens was sampled yet.
+    `block_size`: of the prefix cache; None: there is none."""
+    root = root_hash(weights.revision, salt)
+    hashes: list[BlockHash] = []
+    if block_size is not None:
+        hashes = block_hashes(root, seq.tokens, block_size)
+    return Sequence(
+        key=seq.key,
+        order=seq.order,
+        sampling=seq.sampling,
+        seed=seq.seed,
+        tokens=list(seq.tokens),
+        prompt_len=seq.prompt_len,
+        stop_ids=seq.stop_ids,
+        min_len=seq.min_len,
+        max_len=seq.max_len,
+        root=root,
+        hashes=hashes,
+        prompt_logprobs=None if seq.prompt_logprobs is None else [None] * seq.prompt_len,
+        weights=weights.number,
+        moved_to=weights.revision,
+    )
 
 
 def sequences_of(
@@ -126,6 +156,7 @@ def sequences_of(
     max_model_len: int,
     root: BlockHash,
     hashes: list[BlockHash],
+    weights: int = 0,
 ) -> list[Sequence]:
     """The `n` sequences of a validated request, in the order of their indices."""
     brought = len(request.token_ids) - request.prompt_len  # generated elsewhere
@@ -152,6 +183,7 @@ def sequences_of(
             root=root,
             hashes=list(hashes),
             prompt_logprobs=[None] * request.prompt_len if wants_prompt else None,
+            weights=weights,
         )
         for offset, index in enumerate(range(request.first_index, request.first_index + sampling.n))
     ]

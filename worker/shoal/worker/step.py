@@ -27,6 +27,7 @@ class SlotInit:
         int  # mixed of the request's seed and the sample's index; draws are keyed (seed, position)
     )
     block_ids: tuple[int, ...]
+    weights: int = 0  # number of the set that computes it: see shoal.worker.weight_sets
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,7 @@ def request_of(start: engine_pb2.Start, request_id: str) -> EngineRequest:
         # 0 is how the wire says none; whatever else is wrong the engine refuses.
         deadline_seconds=start.deadline_seconds if start.deadline_seconds != 0.0 else None,
         first_index=start.sample_index,
+        revision=start.revision,
     )
 
 
@@ -87,6 +88,8 @@ def add_delta(
         message.logprobs.extend(_logprobs(delta.logprobs))
     if delta.prompt_logprobs is not None:
         message.prompt_logprobs.extend(_logprobs(delta.prompt_logprobs))
+    if delta.revision:
+        message.revision = delta.revision
     if delta.finish is not None:
         message.finish_reason = _FINISH[delta.finish]
         if delta.finish is FinishReason.ERROR:
