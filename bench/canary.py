@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shoal.api.scaling import CanaryAnalysis
+from shoal.api.rollout import CanaryAnalysis
 from shoal.operator.analysis import PROOF, Analysis, Verdict, look
 from shoal.operator.analysis_counts import Counts
 from shoal.operator.durations import LOWEST, PER_OCTAVE, Durations

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.api.scaling import CanaryAnalysis
+from shoal.api.rollout import CanaryAnalysis
 from shoal.api.v1 import router_pb2
 from shoal.operator.analysis import PROOF, Analysis, Verdict, look
 from shoal.operator.analysis_counts import Counts, Tally

@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.api.scaling import CanarySpec
+from shoal.api.rollout import CanarySpec
 from shoal.operator.analysis import Verdict
 from shoal.operator.canary import Situation, advance, describe, needed
 from shoal.operator.canary_moves import Replica, canary_moves

@@ -32,6 +32,14 @@ class Endpoint(_Frozen):
     draining: bool = False  # takes no new requests; those in flight go on
 
 
+class Pin(_Frozen):
+    """Requests with this header of this value go to this revision, whatever its weight."""
+
+    header: str  # in lower case
+    value: str
+    revision: str
+
+
 class RouteTable(_Frozen):
     """All that a router needs to serve one InferenceService."""
 
@@ -39,7 +47,8 @@ class RouteTable(_Frozen):
     generation: Annotated[int, Field(ge=0)] = 0  # rises with every change
     models: tuple[str, ...]  # OpenAI model ids: the name first, then its aliases
     endpoints: tuple[Endpoint, ...] = ()
-    weights: dict[str, int] = {}  # revision -> share of new requests; absent: 0
+    weights: dict[str, int] = {}  # revision -> percent of new requests; absent: 0
+    pins: tuple[Pin, ...] = ()  # the first that matches counts
     policy: RoutingPolicy = RoutingPolicy.PREFIX_AWARE
     session_header: str = "x-session-id"
     max_retries: int = 2

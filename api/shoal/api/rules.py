@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 from shoal.api import names
 from shoal.api.base import ApiModel
 from shoal.api.quantity import to_bytes
-from shoal.api.rollout import CanarySpec, RolloutSpec
+from shoal.api.rollout import CanarySpec, InFlight, RolloutSpec, RolloutStrategy
 from shoal.api.scaling import (
     AutoscalingSpec,
     MetricSpec,
@@ -168,11 +168,24 @@ def _driver_knows_zero(autoscaling: AutoscalingSpec) -> bool:
     return autoscaling.driver is not ScalingDriver.HPA or autoscaling.scale_to_zero is None
 
 
+def _canary_has_a_stable_side(rollout: RolloutSpec) -> bool:
+    return rollout.canary is None or rollout.strategy is not RolloutStrategy.BLUE_GREEN
+
+
+def _blue_green_counts(rollout: RolloutSpec) -> bool:
+    return rollout.blue_green is None or rollout.strategy is RolloutStrategy.BLUE_GREEN
+
+
+def _in_flight_counts(rollout: RolloutSpec) -> bool:
+    return rollout.in_flight is InFlight.FINISH or rollout.strategy is RolloutStrategy.IN_PLACE
+
+
 def _rollout_can_move(rollout: RolloutSpec) -> bool:
     return rollout.max_surge > 0 or rollout.max_unavailable > 0
 
 
 _SELF = Value("self", lambda part: part)
+_STRATEGY = Value("self.strategy", lambda rollout: rollout.strategy)
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -326,6 +339,34 @@ RULES: tuple[Rule, ...] = (
             Value("self.maxSurge", lambda rollout: rollout.max_surge),
             Value("self.maxUnavailable", lambda rollout: rollout.max_unavailable),
         ),
+    ),
+    Rule(
+        scopes=("spec.rollout",),
+        field="canary",
+        cel="!has(self.canary) || self.strategy != 'BlueGreen'",
+        holds=_canary_has_a_stable_side,
+        message="canary does not go with strategy %s, which switches all requests at once; "
+        "leave one of the two out",
+        general="canary does not go with strategy BlueGreen; leave one of the two out",
+        values=(_STRATEGY,),
+    ),
+    Rule(
+        scopes=("spec.rollout",),
+        field="blueGreen",
+        cel="!has(self.blueGreen) || self.strategy == 'BlueGreen'",
+        holds=_blue_green_counts,
+        message="blueGreen has no effect with strategy %s; leave it out, or choose BlueGreen",
+        general="blueGreen has no effect without strategy BlueGreen",
+        values=(_STRATEGY,),
+    ),
+    Rule(
+        scopes=("spec.rollout",),
+        field="inFlight",
+        cel="self.inFlight == 'finish' || self.strategy == 'InPlace'",
+        holds=_in_flight_counts,
+        message="inFlight %s has no effect with strategy %s; leave it out, or choose InPlace",
+        general="inFlight has no effect without strategy InPlace",
+        values=(Value("self.inFlight", lambda rollout: rollout.in_flight), _STRATEGY),
     ),
     Rule(
         scopes=("spec.rollout.canary",),

@@ -6,8 +6,9 @@ from pydantic import AwareDatetime, ConfigDict, Field, JsonValue
 from typing_extensions import TypedDict
 
 from shoal.api.base import MAX_COUNT, ApiModel
+from shoal.api.rollout import RolloutSpec
 from shoal.api.routes import RoutingPolicy
-from shoal.api.scaling import AutoscalingSpec, RolloutSpec
+from shoal.api.scaling import AutoscalingSpec
 from shoal.api.status import InferenceServiceStatus
 from shoal.api.workload import (
     CacheSpec,

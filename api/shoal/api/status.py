@@ -89,6 +89,20 @@ class CanaryStatus(ApiModel):
     )
 
 
+class BlueGreenStatus(ApiModel):
+    """The replicas that a switch has left behind."""
+
+    kept: str = Field(description="Revision whose replicas stay for the way back.")
+    switch_time: AwareDatetime = Field(description="When requests went to the active revision.")
+
+
+class InPlaceStatus(ApiModel):
+    """Why weights are not swapped in running replicas."""
+
+    revision: str = Field(description="Revision that takes over replica by replica instead.")
+    message: str = Field(description="Why, as a sentence.")
+
+
 class ScaleChange(ApiModel):
     """The number of replicas that are wanted has changed."""
 
@@ -131,6 +145,12 @@ class InferenceServiceStatus(ApiModel):
     active_revision: str | None = Field(default=None, description="Revision that serves.")
     previous_revision: str | None = Field(default=None, description="Revision that served before.")
     canary: CanaryStatus | None = Field(default=None, description="The canary under way, if any.")
+    blue_green: BlueGreenStatus | None = Field(
+        default=None, description="What strategy BlueGreen keeps for the way back, if anything."
+    )
+    in_place: InPlaceStatus | None = Field(
+        default=None, description="Why strategy InPlace gives way to a rolling update, if it does."
+    )
     autoscaling: AutoscalingStatus | None = Field(
         default=None, description="What the autoscaler decided last."
     )

@@ -43,11 +43,13 @@ from shoal.api.service import (
 )
 from shoal.api.status import (
     AutoscalingStatus,
+    BlueGreenStatus,
     CanaryStatus,
     Condition,
     ConditionStatus,
     ConditionType,
     InferenceServiceStatus,
+    InPlaceStatus,
 )
 from shoal.api.workload import (
     Adapter,
@@ -73,6 +75,7 @@ __all__ = [
     "AutoscalingSpec",
     "AutoscalingStatus",
     "BlueGreenSpec",
+    "BlueGreenStatus",
     "CacheSpec",
     "CacheType",
     "CanaryAnalysis",
@@ -88,6 +91,7 @@ __all__ = [
     "EngineSpec",
     "ExecutorKind",
     "InFlight",
+    "InPlaceStatus",
     "InferenceService",
     "InferenceServiceSpec",
     "InferenceServiceStatus",

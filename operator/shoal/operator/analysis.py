@@ -20,7 +20,7 @@ from enum import StrEnum
 from math import log
 from typing import Final
 
-from shoal.api.scaling import CanaryAnalysis
+from shoal.api.rollout import CanaryAnalysis
 from shoal.operator.analysis_counts import Counts
 from shoal.operator.analysis_evidence import Evidence, Outcomes, log_e_alone
 from shoal.operator.durations import Durations

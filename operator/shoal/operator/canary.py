@@ -21,7 +21,7 @@ from math import ceil
 from types import MappingProxyType
 from typing import Final
 
-from shoal.api.scaling import CanarySpec, CanaryStep
+from shoal.api.rollout import CanarySpec, CanaryStep
 from shoal.operator.analysis import Verdict
 from shoal.operator.rollout import Bounds
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from shoal.api import names
-from shoal.api.scaling import CanarySpec
+from shoal.api.rollout import CanarySpec
 from shoal.api.status import CanaryEvidence, CanaryStatus
 from shoal.api.types import InferenceService
 from shoal.api.v1 import router_pb2
