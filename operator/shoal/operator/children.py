@@ -7,7 +7,7 @@ than one pod share a token in a Secret. All are owned by the service and go with
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -21,7 +21,8 @@ from shoal.api.names import (
     ROUTES_KEY,
 )
 from shoal.api.routes import RouteTable
-from shoal.api.types import InferenceService
+from shoal.api.types import InferenceService, ScalingDriver
+from shoal.operator.external import autoscaler
 from shoal.operator.metadata import (
     controller_revision_name,
     group_size,
@@ -39,15 +40,25 @@ TOKEN_KEY: Final = "token"  # of the group token's data
 
 
 def desired_children(
-    service: InferenceService, observed: Observed, *, monitors: bool
+    service: InferenceService,
+    observed: Observed,
+    *,
+    monitors: bool,
+    drivers: Collection[ScalingDriver] = (),
+    scaler_address: str = "",
 ) -> tuple[dict[str, Any], ...]:
     """Objects that should be there whatever the pods do; to be applied before any pod is made.
 
-    `monitors`: whether the cluster knows PodMonitors (monitoring.coreos.com).
+    `monitors`: whether the cluster knows PodMonitors (monitoring.coreos.com). `drivers`: who
+    may scale, beside the operator. `scaler_address`: where KEDA finds the operator.
     """
     children = [_workers_service(service), _disruption_budget(service, observed)]
     if monitors:
         children.append(_pod_monitor(service))
+    scaling = service.spec.autoscaling
+    driver = autoscaler(service, scaler_address)
+    if driver is not None and scaling is not None and scaling.driver in drivers:
+        children.append(driver)
     return tuple(children)
 
 

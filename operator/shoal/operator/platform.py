@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from shoal.api.types import InferenceService
+from shoal.api.types import InferenceService, ScalingDriver
 from shoal.operator.overlay import overlay_problems
 
 DEFAULT_IMAGE: Final = "shoal-worker"
@@ -69,6 +69,8 @@ class Platform:
     processes: bool = False  # pods are processes of one machine
     multi_node: bool = False  # gate MultiNode: replicas of more than one pod
     gpus: bool = False  # gate GPU: pods that ask for GPUs
+    # Who may scale services.
+    drivers: frozenset[ScalingDriver] = frozenset({ScalingDriver.INTERNAL})
 
     def service_key(self, service: InferenceService) -> str:
         """The name by which routers, metrics and other services know a service."""

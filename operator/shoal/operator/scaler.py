@@ -9,7 +9,7 @@ last changes) is in the status, which is written only when the number changes.
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from shoal.api.scaling import AutoscalingSpec
+from shoal.api.scaling import AutoscalingSpec, ScalingDriver
 from shoal.api.status import AutoscalingStatus, ScaleChange
 from shoal.api.types import InferenceService
 from shoal.operator.autoscale import Decision, Scaling, decide
@@ -50,6 +50,9 @@ class Scalers:
         if service.spec.autoscaling is None:
             self.forget(key)
             return None
+        if not scales_itself(service):
+            self.forget(key)
+            return _driven_view(service, service.spec.autoscaling, observed, now)
         state = self._states.get(key)
         if state is not None and not 0 <= now - state.looked < STALE_SECONDS:
             state = None
@@ -73,12 +76,18 @@ class Scalers:
         self._states.clear()
 
 
+def scales_itself(service: InferenceService) -> bool:
+    """Whether the operator's own autoscaler decides."""
+    spec = service.spec.autoscaling
+    return spec is not None and spec.driver is ScalingDriver.INTERNAL
+
+
 def planned_replicas(service: InferenceService, observed: Observed) -> int:
     """The number of replicas to bring about: the autoscaler's where there is one."""
     if observed.scaling is not None:
         return observed.scaling.wanted
     spec = service.spec.autoscaling
-    if spec is None:
+    if spec is None or not scales_itself(service):
         return service.spec.replicas
     return _first(service, spec, observed.status.autoscaling)
 
@@ -109,6 +118,25 @@ def scale(
         message="" if decision.active else decision.message,
     )
     return ScalerState(now, view, decision.memory, history.followed_by(reports, now))
+
+
+_DRIVEN = {
+    ScalingDriver.HPA: ("DrivenByHpa", "the HorizontalPodAutoscaler {} writes spec.replicas"),
+    ScalingDriver.KEDA: ("DrivenByKeda", "KEDA writes spec.replicas, by the ScaledObject {}"),
+}
+
+
+def _driven_view(
+    service: InferenceService, spec: AutoscalingSpec, observed: Observed, now: float
+) -> ScalingView:
+    """Somebody else decides: what they wrote."""
+    reason, message = _DRIVEN[spec.driver]
+    wanted, before = service.spec.replicas, observed.status.autoscaling
+    status = AutoscalingStatus(desired=wanted, reason=reason)
+    if before is not None and before.reason == reason:
+        moved = {"desired": wanted, "last_scale_time": _time(now)}
+        status = before if before.desired == wanted else before.model_copy(update=moved)
+    return ScalingView(wanted, status, True, reason, message.format(service.name))
 
 
 def _first(

@@ -8,7 +8,13 @@ machine has less than a pod: what only a cluster can give is refused there.
 import json
 from collections.abc import Iterator
 
-from shoal.api.types import ApiModel, CacheType, InferenceServiceSpec, RolloutStrategy
+from shoal.api.types import (
+    ApiModel,
+    CacheType,
+    InferenceServiceSpec,
+    RolloutStrategy,
+    ScalingDriver,
+)
 from shoal.operator.metadata import group_size
 from shoal.operator.platform import LOCAL, Platform
 
@@ -26,6 +32,11 @@ _NOT_YET = (
 _PARALLEL = (("parallelism", "tensor"), ("parallelism", "pipeline"), ("parallelism", "executor"))
 _GPUS = (("resources", "gpus_per_node"), ("resources", "gpu_resource"))
 _PODS_ONLY = (("resources", "shm"), ("pod_overlay",))
+_DRIVER_SWITCHES = {
+    ScalingDriver.HPA: "the operator serves no external metrics; set the chart's "
+    "externalMetrics.enabled",
+    ScalingDriver.KEDA: "the operator serves no scaler; set the chart's keda.enabled",
+}
 _QUANTIZATION = ("auto", "none", "int8")
 
 
@@ -34,6 +45,7 @@ def unsupported(spec: InferenceServiceSpec, platform: Platform = LOCAL) -> list[
     return [
         *(f"not supported yet: {field}" for field in _not_yet(spec, platform)),
         *(f"only on Kubernetes: {field}" for field in _pods_only(spec, platform)),
+        *(f"switched off: {field}" for field in _switched_off(spec, platform)),
     ]
 
 
@@ -64,9 +76,19 @@ def _gate(name: str) -> str:
     return f" (the operator's feature gate {name}, alpha, is off)"
 
 
+def _switched_off(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
+    if platform.processes or spec.autoscaling is None:
+        return
+    driver = spec.autoscaling.driver
+    if driver not in platform.drivers:
+        yield f"spec.autoscaling.driver={driver} ({_DRIVER_SWITCHES[driver]})"
+
+
 def _pods_only(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
     if not platform.processes:
         return
+    if spec.autoscaling is not None and spec.autoscaling.driver not in platform.drivers:
+        yield f"spec.autoscaling.driver={spec.autoscaling.driver} (here: internal)"
     if spec.cache.type is CacheType.PVC:
         yield f"spec.cache.type={spec.cache.type} (here: None or HostPath)"
     for path in _PODS_ONLY:

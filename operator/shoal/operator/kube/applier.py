@@ -8,7 +8,7 @@ name left behind is waited for: its owner is gone and the cluster collects it.
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NoReturn
 
 from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, MANAGER
@@ -22,12 +22,14 @@ from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.feed import Feed
 from shoal.operator.kube.kinds import (
+    AUTOSCALERS,
     CONFIG_MAPS,
     CONTROLLER_REVISIONS,
     DISRUPTION_BUDGETS,
     INFERENCE_SERVICES,
     POD_MONITORS,
     PODS,
+    SCALED_OBJECTS,
     SECRETS,
     SERVICES,
     Kind,
@@ -60,7 +62,9 @@ _LONGEST_WORDS: Final = 500  # characters of the API server's words in a conditi
 _COLLECTION_SECONDS: Final = 1.0  # the cluster takes a moment to collect what lost its owner
 
 # Nobody misses these for a moment.
-_REPLACEABLE: Final = (SERVICES, DISRUPTION_BUDGETS, POD_MONITORS)
+_REPLACEABLE: Final = (SERVICES, DISRUPTION_BUDGETS, POD_MONITORS, AUTOSCALERS, SCALED_OBJECTS)
+# What a service may have today and not tomorrow.
+_PRUNED: Final = (AUTOSCALERS, SCALED_OBJECTS)
 
 Json = Mapping[str, Any]
 
@@ -111,6 +115,16 @@ class Applier:
                 raise NotYet(f"{kind.kind} {meta['name']} is made anew", 0.1) from None
             _raise_refused(kind, meta["name"], error)
         return True
+
+    async def prune(self, service: InferenceService, children: Collection[Json]) -> None:
+        """Deletes the service's autoscalers that are not among its children any more."""
+        kept = {(child["kind"], child["metadata"]["name"]) for child in children}
+        for kind in _PRUNED:
+            for live in self._world[kind].of(f"{service.metadata.namespace}/{service.name}"):
+                meta = live["metadata"]
+                ours = controller_uid(live) == service.metadata.uid
+                if ours and (kind.kind, meta["name"]) not in kept:
+                    await self._delete(kind, meta["namespace"], meta["name"])
 
     async def adopt(self, service: InferenceService) -> bool:
         """Takes in pods and records whose owner was deleted without them; whether there were any.
@@ -276,6 +290,11 @@ class Applier:
 
 
 def _raise_refused(kind: Kind, name: str, error: ApiError) -> NoReturn:
+    if kind is SCALED_OBJECTS and error.not_found and not error.message.startswith("namespaces"):
+        raise Refused(
+            f"the cluster knows no {kind.kind} ({kind.api_version}); install KEDA, "
+            "or choose another spec.autoscaling.driver"
+        ) from None
     if error.refused:
         said = error.message[:_LONGEST_WORDS]
         raise Refused(f"the API server refuses {kind.kind} {name}: {said}") from None

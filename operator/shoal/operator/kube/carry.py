@@ -6,7 +6,7 @@ is taken holds up a drain, a route table or a replacement.
 """
 
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -61,7 +61,7 @@ async def carry_out(
     applier: Applier,
     service: InferenceService,
     actions: Iterable[Action],
-    children: Iterable[Json],
+    children: Collection[Json],
     *,
     group_token: bool,
 ) -> Outcome:
@@ -85,5 +85,7 @@ async def carry_out(
         if troubles.unreachable:
             break
         await troubles.survive(applier.ensure(child))
+    if not troubles.unreachable:
+        await troubles.survive(applier.prune(service, children))
     missing = "; ".join(troubles.refused) or None
     return Outcome(done > 0, rejected, missing, troubles.again, troubles.error)

@@ -49,6 +49,8 @@ SECRETS: Final = Kind("v1", "Secret", "secrets")
 CONTROLLER_REVISIONS: Final = Kind("apps/v1", "ControllerRevision", "controllerrevisions")
 DISRUPTION_BUDGETS: Final = Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets")
 POD_MONITORS: Final = Kind("monitoring.coreos.com/v1", "PodMonitor", "podmonitors")
+AUTOSCALERS: Final = Kind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
+SCALED_OBJECTS: Final = Kind("keda.sh/v1alpha1", "ScaledObject", "scaledobjects")
 NODES: Final = Kind("v1", "Node", "nodes", selector=None, namespaced=False)
 EVENTS: Final = Kind("v1", "Event", "events", selector=None)
 LEASES: Final = Kind("coordination.k8s.io/v1", "Lease", "leases", selector=None)
@@ -58,8 +60,10 @@ WATCHED: Final = (INFERENCE_SERVICES, PODS, SERVICES, CONFIG_MAPS)
 # Kept in memory by the list of every minute: the cluster counts on budgets all the time, and
 # nobody but the operator reads records. Secrets are not kept: only their pods read a token.
 LISTED: Final = (*WATCHED, CONTROLLER_REVISIONS, DISRUPTION_BUDGETS)
+# Kept likewise where the cluster knows them and the operator makes them.
+OPTIONAL: Final = (POD_MONITORS, AUTOSCALERS, SCALED_OBJECTS)
 _KNOWN: Final = {
-    (kind.api_version, kind.kind): kind for kind in (*LISTED, SECRETS, POD_MONITORS, NODES, EVENTS)
+    (kind.api_version, kind.kind): kind for kind in (*LISTED, *OPTIONAL, SECRETS, NODES, EVENTS)
 }
 
 

@@ -12,19 +12,29 @@ import random
 import signal
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final
 
+from shoal.api.types import ScalingDriver
 from shoal.operator.kube.access import Access
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import ServiceBook
 from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.events import EventPoster
+from shoal.operator.kube.external_metrics import ExternalMetricsServer, ServingFiles
 from shoal.operator.kube.feed import Feed
-from shoal.operator.kube.kinds import INFERENCE_SERVICES
+from shoal.operator.kube.keda import serve_scaler
+from shoal.operator.kube.kinds import (
+    AUTOSCALERS,
+    INFERENCE_SERVICES,
+    POD_MONITORS,
+    SCALED_OBJECTS,
+    Kind,
+)
 from shoal.operator.kube.lease import Leadership
+from shoal.operator.kube.loadwatch import LoadWatch
 from shoal.operator.kube.metrics import OperatorMetrics, ServiceFigures
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.reconcile import Reconciler, Surroundings
@@ -36,7 +46,7 @@ from shoal.operator.kube.workers import Workers
 from shoal.operator.kube.workqueue import Pace, WorkQueue
 from shoal.operator.kube.world import World
 from shoal.operator.router_client import RouterClient
-from shoal.operator.scaler import Scalers
+from shoal.operator.scaler import Scalers, scales_itself
 
 log: Final = logging.getLogger(__name__)
 
@@ -65,7 +75,48 @@ async def operate(settings: OperatorSettings, access: Access, watch: Watch) -> i
         await stack.enter_async_context(
             serve_probes("", settings.health_port, operator.unhealthy, operator.unready)
         )
+        await stack.enter_async_context(_scaled_by_others(operator, settings))
         return await operator.run(watch)
+
+
+@asynccontextmanager
+async def _scaled_by_others(
+    operator: "_Operator", settings: OperatorSettings
+) -> AsyncIterator[None]:
+    """Serves the load to autoscalers where that is switched on."""
+    tasks = []
+    async with AsyncExitStack() as stack:
+        if settings.external_metrics_port:
+            assert settings.tls_cert_file is not None, "read_settings sees to it"
+            assert settings.tls_key_file is not None, "read_settings sees to it"
+            server = ExternalMetricsServer(
+                operator.api,
+                operator.loads,
+                host="",
+                port=settings.external_metrics_port,
+                files=ServingFiles(settings.tls_cert_file, settings.tls_key_file),
+                wall=time.time,
+            )
+            tasks.append(asyncio.create_task(server.run(), name="external metrics"))
+        if settings.keda_port:
+            await stack.enter_async_context(serve_scaler("", settings.keda_port, operator.loads))
+        if settings.external_metrics_port or settings.keda_port:
+            tasks.append(asyncio.create_task(operator.loads.run(), name="loads"))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                await _end(task)
+
+
+def _optional(settings: OperatorSettings) -> tuple[Kind, ...]:
+    """Kinds that the cluster need not know, of those that the operator makes."""
+    drivers = settings.platform.drivers
+    return (
+        POD_MONITORS,
+        *((AUTOSCALERS,) if ScalingDriver.HPA in drivers else ()),
+        *((SCALED_OBJECTS,) if ScalingDriver.KEDA in drivers else ()),
+    )
 
 
 class _Operator:
@@ -87,7 +138,9 @@ class _Operator:
         self._world = World()
         self._book = ServiceBook()
         self._feed = Feed(self._world, self._book, self._wake)
-        self._relister = Relister(self.api, self._world, settings.namespaces, self._feed)
+        self._relister = Relister(
+            self.api, self._world, settings.namespaces, self._feed, _optional(settings)
+        )
         self._lists = ListKeeper(self._relister, time.monotonic)
         self._events = EventPoster(self.api, identity, time.time)
         self._progress = FetchProgress(self.api, self._wake)
@@ -112,9 +165,18 @@ class _Operator:
             Surroundings(
                 platform=settings.platform,
                 url=f"{settings.router_url}/v1" if settings.router_url else None,
-                has_monitors=self._relister.has_monitors,
+                knows=self._relister.knows,
                 wall=time.time,
+                scaler_address=settings.scaler_address,
             ),
+        )
+        self.loads = LoadWatch(
+            self.api,
+            self._book,
+            namespace=settings.router_namespace or access.namespace,
+            selector=settings.router_selector,
+            connect=RouterClient,
+            wall=time.time,
         )
         self._queue = WorkQueue(Pace(), random.Random().random)
         self._workers = Workers(
@@ -247,7 +309,7 @@ class _Operator:
         """Of all services, from the operator that leads; others know less."""
         figures = {}
         for key, service in self._book.readable() if self._works else ():
-            scales = service.spec.autoscaling is not None
+            scales = scales_itself(service)
             wanted = self._scalers.wanted(key) if scales else service.spec.replicas
             if wanted is not None:  # it was looked at already
                 figures[key] = ServiceFigures(wanted)

@@ -15,7 +15,7 @@ from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import Entry, ServiceBook
 from shoal.operator.kube.carry import Outcome, carry_out
 from shoal.operator.kube.events import EventPoster
-from shoal.operator.kube.kinds import INFERENCE_SERVICES, PODS
+from shoal.operator.kube.kinds import INFERENCE_SERVICES, POD_MONITORS, PODS, Kind
 from shoal.operator.kube.news import news, pod_news
 from shoal.operator.kube.observing import observe, read_status
 from shoal.operator.kube.progress import FetchProgress
@@ -39,8 +39,9 @@ class Surroundings:
 
     platform: Platform
     url: str | None  # of the OpenAI API
-    has_monitors: Callable[[], bool]  # whether the cluster knows PodMonitors
+    knows: Callable[[Kind], bool]  # whether the cluster knows an optional kind
     wall: Callable[[], float]
+    scaler_address: str = ""  # where KEDA finds the operator
 
 
 class Reconciler:
@@ -98,7 +99,13 @@ class Reconciler:
             self._applier,
             service,
             decided.actions,
-            desired_children(service, observed, monitors=self._around.has_monitors()),
+            desired_children(
+                service,
+                observed,
+                monitors=self._around.knows(POD_MONITORS),
+                drivers=self._around.platform.drivers,
+                scaler_address=self._around.scaler_address,
+            ),
             group_token=self._around.platform.multi_node and needs_group_token(service, observed),
         )
         news = self._note_rejection(key, service, outcome)

@@ -7,14 +7,14 @@ read one by one, or all at once where they are many, as in the beginning.
 import asyncio
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Final
 
 from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.feed import Feed
-from shoal.operator.kube.kinds import LISTED, NODES, POD_MONITORS, Kind
+from shoal.operator.kube.kinds import LISTED, NODES, Kind
 from shoal.operator.kube.world import Key, Objects, World, version_number, version_of
 
 log: Final = logging.getLogger(__name__)
@@ -36,17 +36,20 @@ class Relister:
         world: World,
         namespaces: Sequence[str],
         feed: Feed,
+        optional: Collection[Kind],
     ) -> None:
-        """`namespaces` bounds what is listed; () is the whole cluster, with its nodes."""
+        """`namespaces` bounds what is listed; () is the whole cluster, with its nodes. `optional`:
+        kinds that the cluster need not know."""
         self._api = api
         self._world = world
         self._scopes: Sequence[str | None] = tuple(namespaces) or (None,)
         self._feed = feed
-        self._monitors = False
+        self._optional = tuple(optional)
+        self._known: frozenset[Kind] = frozenset()
 
-    def has_monitors(self) -> bool:
-        """Whether the cluster knew PodMonitors at the last list."""
-        return self._monitors
+    def knows(self, kind: Kind) -> bool:
+        """Whether the cluster knew an optional kind at the last list."""
+        return kind in self._known
 
     async def run_once(self) -> None:
         """Lists every kind once. ApiError where the API server does not answer."""
@@ -55,17 +58,20 @@ class Relister:
             await self._relist(kind)
         if self._scopes == (None,):
             await self._relist_nodes()
-        await self._relist_monitors()
+        self._known = frozenset(
+            [kind for kind in self._optional if await self._relist_optional(kind)]
+        )
 
-    async def _relist_monitors(self) -> None:
-        """Monitors are nice to have: where they cannot be had, everything else goes on."""
+    async def _relist_optional(self, kind: Kind) -> bool:
+        """Whether it is there: where one cannot be had, everything else goes on."""
         try:
-            self._monitors = await self._api.serves(POD_MONITORS)
-            if self._monitors:
-                await self._relist(POD_MONITORS)
+            if not await self._api.serves(kind):
+                return False
+            await self._relist(kind)
         except ApiError as error:
-            self._monitors = False
-            log.warning("pod monitors are left out: %s", error)
+            log.warning("%s are left out: %s", kind.plural, error)
+            return False
+        return True
 
     async def _relist(self, kind: Kind) -> None:
         objects = self._world[kind]

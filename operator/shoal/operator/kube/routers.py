@@ -186,13 +186,8 @@ class RouterFleet:
         return ("",)
 
     async def _find(self) -> None:
-        now, ready = self._clock(), {}
-        async for pods, _ in self._api.select(PODS, self._namespace, self._selector):
-            for pod in pods:
-                status = pod.get("status") or {}
-                if (ip := status.get("podIP")) and status.get("phase") not in _ENDED:
-                    host = f"[{ip}]" if ":" in ip else ip
-                    ready[f"{host}:{PORT_ROUTER_GRPC}"] = _is_ready(status)
+        now = self._clock()
+        ready = await router_addresses(self._api, self._namespace, self._selector)
         for address in self._routers.keys() - ready.keys():
             await self._close(self._routers.pop(address))
         # Those that are there when the fleet is first seen have had their moment.
@@ -245,6 +240,19 @@ class RouterFleet:
         if router.asking is not None:
             router.asking.cancel()
         await router.calls.close()
+
+
+async def router_addresses(api: Api, namespace: str, selector: str) -> dict[str, bool]:
+    """The gRPC addresses of the router pods, each with whether its pod is ready. ApiError where
+    they cannot be listed."""
+    ready = {}
+    async for pods, _ in api.select(PODS, namespace, selector):
+        for pod in pods:
+            status = pod.get("status") or {}
+            if (ip := status.get("podIP")) and status.get("phase") not in _ENDED:
+                host = f"[{ip}]" if ":" in ip else ip
+                ready[f"{host}:{PORT_ROUTER_GRPC}"] = _is_ready(status)
+    return ready
 
 
 def _waits(view: RouterView | None) -> bool:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from shoal.api.names import APP, LABEL_COMPONENT, LABEL_NAME, ROLE_ROUTER
+from shoal.api.types import ScalingDriver
 from shoal.operator.platform import DEFAULT_IMAGE, Platform, PodDefaults
 
 LOG_FORMATS: Final = ("text", "json")
@@ -33,6 +34,11 @@ class OperatorSettings:
     lease_namespace: str | None  # None: the operator's own
     metrics_port: int
     health_port: int
+    external_metrics_port: int  # 0: not served
+    tls_cert_file: Path | None  # of the external metrics
+    tls_key_file: Path | None
+    keda_port: int  # 0: not served
+    scaler_address: str  # host:port of keda_port as KEDA reaches it
     workers: int
     identity: str
     log_format: str
@@ -50,10 +56,13 @@ def read_settings(
         gates = _gates(options.feature_gates)
         pods = _pod_defaults(options.pod_defaults, options.worker_image)
         _check_url(options.router_url)
+        drivers = _drivers(options)
     except ValueError as error:
         parser.error(str(error))
     return OperatorSettings(
-        platform=Platform(pods=pods, multi_node=gates["MultiNode"], gpus=gates["GPU"]),
+        platform=Platform(
+            pods=pods, multi_node=gates["MultiNode"], gpus=gates["GPU"], drivers=drivers
+        ),
         namespaces=_words(options.namespaces),
         router_selector=options.router_selector,
         router_namespace=options.router_namespace or None,
@@ -62,6 +71,11 @@ def read_settings(
         lease_namespace=options.lease_namespace or None,
         metrics_port=options.metrics_port,
         health_port=options.health_port,
+        external_metrics_port=options.external_metrics_port,
+        tls_cert_file=Path(options.tls_cert_file) if options.tls_cert_file else None,
+        tls_key_file=Path(options.tls_key_file) if options.tls_key_file else None,
+        keda_port=options.keda_port,
+        scaler_address=options.scaler_address,
         workers=options.workers,
         identity=environ.get("SHOAL_POD_NAME") or os.uname().nodename,
         log_format=options.log_format,
@@ -97,6 +111,16 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("lease-namespace", "", "where that Lease is; none: the operator's own namespace")
     flag("metrics-port", "9090", "port of /metrics", type=_port)
     flag("health-port", "8080", "port of /healthz and /readyz", type=_port)
+    flag(
+        "external-metrics-port",
+        "0",
+        "port of external.metrics.k8s.io for driver hpa; 0: not served",
+        type=_port,
+    )
+    flag("tls-cert-file", "", "certificate of that port, PEM", metavar="FILE")
+    flag("tls-key-file", "", "its key, PEM", metavar="FILE")
+    flag("keda-port", "0", "port of KEDA's external scaler for driver keda; 0: none", type=_port)
+    flag("scaler-address", "", "host:port of --keda-port as KEDA reaches it")
     flag("workers", "8", "services that are looked at at the same time", type=_count)
     flag("feature-gates", "", f"Name=true by commas; there are {', '.join(GATES)}")
     flag("log-format", "text", "text or json", choices=LOG_FORMATS)
@@ -117,6 +141,20 @@ def _gates(text: str) -> dict[str, bool]:
             raise ValueError(f"--feature-gates: {word!r} is neither {name}=true nor {name}=false")
         gates[name] = value == "true"
     return gates
+
+
+def _drivers(options: argparse.Namespace) -> frozenset[ScalingDriver]:
+    """Who may scale services. ValueError where a port lacks what goes with it."""
+    drivers = {ScalingDriver.INTERNAL}
+    if options.external_metrics_port:
+        if not (options.tls_cert_file and options.tls_key_file):
+            raise ValueError("--external-metrics-port needs --tls-cert-file and --tls-key-file")
+        drivers.add(ScalingDriver.HPA)
+    if options.keda_port:
+        if not options.scaler_address:
+            raise ValueError("--keda-port needs --scaler-address, its host:port as KEDA sees it")
+        drivers.add(ScalingDriver.KEDA)
+    return frozenset(drivers)
 
 
 def _pod_defaults(path: str, image: str) -> PodDefaults:

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from shoal.api.names import LABEL_SERVICE
-from shoal.operator.kube.kinds import INFERENCE_SERVICES, LISTED, POD_MONITORS, Kind
+from shoal.operator.kube.kinds import INFERENCE_SERVICES, LISTED, OPTIONAL, Kind
 
 _DROPPED_ANNOTATION: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
@@ -137,7 +137,7 @@ class World:
 
     def __init__(self) -> None:
         self._kinds: Mapping[Kind, Objects] = MappingProxyType(
-            {kind: Objects(kind) for kind in (*LISTED, POD_MONITORS)}
+            {kind: Objects(kind) for kind in (*LISTED, *OPTIONAL)}
         )
         self._nodes: dict[str, bool] = {}
 
