@@ -16,7 +16,7 @@ from bench.scripted_engine import byte_model
 from shoal.cli.simulation.step_model import StepModel, parse_step_model
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine
-from shoal.worker.executor import ModelInfo
+from shoal.worker.executor import ModelInfo, SerialExecutor
 from shoal.worker.server import EngineServer, ServerSettings
 from shoal.worker.step import Sampled, StepPlan, StepResult
 
@@ -24,8 +24,8 @@ TOKEN = ord("a")
 BLOCKS, BLOCK_SIZE = 1 << 16, 16
 
 
-class PacedExecutor:
-    """Satisfies shoal.worker.executor.Executor."""
+class PacedExecutor(SerialExecutor):
+    """Takes as long as a step model says."""
 
     def __init__(
         self,

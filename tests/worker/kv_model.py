@@ -7,11 +7,12 @@ the seed, unless greedy), so that a wrong block would change the tokens as well.
 """
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine, SequenceDelta
-from shoal.worker.executor import ModelInfo
+from shoal.worker.executor import ModelInfo, SerialExecutor
 from shoal.worker.request import EngineRequest, FinishReason, SamplingParams, SequenceKey
 from shoal.worker.step import (
     PromptLogprobs,
@@ -82,10 +83,15 @@ class _Slot:
         self.seed = 0 if init.sampling.greedy else init.seed
 
 
-class KvModel:
-    """An Executor over that model. `fault` may raise for a plan, or name a slot's error."""
+class KvModel(SerialExecutor):
+    """An Executor over that model, of `depth` plans under way, each computed when it is collected.
+    `fault` may raise for a plan, or name a slot's error."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128) -> None:
+    def __init__(
+        self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, depth: int = 1
+    ) -> None:
+        self.depth = depth
+        self.under_way: deque[StepPlan] = deque()
         self.info = ModelInfo("model", VOCAB, max_model_len, (EOS,), None, "float32")
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -95,6 +101,18 @@ class KvModel:
         self.num_steps = 0
         self.num_computed = 0
         self.fault: Callable[[StepPlan], dict[int, str]] = lambda plan: {}
+
+    def submit(self, plan: StepPlan) -> None:
+        assert plan.rows, "a plan without rows"
+        self.under_way.append(plan)
+        assert len(self.under_way) <= self.depth
+
+    def collect(self) -> StepResult:
+        try:
+            return self.execute(self.under_way.popleft())
+        except Exception:
+            self.under_way.clear()
+            raise
 
     def execute(self, plan: StepPlan) -> StepResult:
         errors = self.fault(plan)
@@ -196,12 +214,13 @@ def build(
     num_blocks: int = 64,
     block_size: int = 4,
     max_model_len: int = 128,
+    depth: int = 1,
     clock: Callable[[], float] = lambda: 0.0,
     warm_up_rate: float = 0.0,
     **config: object,
 ) -> tuple[Engine, KvModel]:
     """An engine over a fresh model of the device."""
-    model = KvModel(num_blocks, block_size, max_model_len)
+    model = KvModel(num_blocks, block_size, max_model_len, depth)
     settings = EngineConfig(**{"max_num_seqs": 8, "max_batched_tokens": 32, **config})
     rng = random.Random(0)
     return Engine(model, settings, clock=clock, rng=rng, warm_up_rate=warm_up_rate), model

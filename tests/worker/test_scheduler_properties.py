@@ -36,6 +36,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             budget=st.integers(1, 40),
             cap=st.none() | st.integers(1, 30),
             caching=st.integers(0, 7).map(bool),
+            depth=st.sampled_from([1, 1, 2, 3]),
         )
         def start(
             self,
@@ -45,11 +46,13 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             budget: int,
             cap: int | None,
             caching: bool,
+            depth: int,
         ) -> None:
             self.engine, self.model = kv.build(
                 num_blocks=num_blocks,
                 block_size=block_size,
                 max_model_len=96,
+                depth=depth,
                 max_num_seqs=max_num_seqs,
                 max_batched_tokens=budget,
                 max_prefill_tokens=cap,
@@ -57,6 +60,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             )
             self.scheduler = self.engine._scheduler
             self.client = kv.Client(self.engine)
+            self.depth = depth
             self.budget, self.max_num_seqs = budget, max_num_seqs
             self.cap = cap or max(1, budget // 2)
             self.requests: dict[str, EngineRequest] = {}
@@ -206,6 +210,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
                 assert self.engine.load().blocks_used == 0
                 stats = self.engine.stats()
                 seen["steps"] += self.model.num_steps
+                seen[f"depth {self.depth}"] += self.model.num_steps
                 seen["preemptions"] += stats.preemptions
                 seen["prefix hits"] += stats.prefix_hit_tokens
 
@@ -213,7 +218,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             if not self.engine.has_work:
                 return
             steps = self.model.num_steps
-            first = self._first_running()
+            first = self._first_running() if self.depth == 1 else None
             self.client.step()
             if self.model.num_steps == steps:
                 return  # only ends to report
@@ -241,7 +246,10 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             return {slot: "logits are not finite"}
 
         def _check_content(self) -> None:
-            """A hash names one content for ever, and findable blocks hold it."""
+            """A hash names one content for ever, and findable blocks hold it once the plans under
+            way are computed."""
+            if self.model.under_way:
+                return
             cache = self.scheduler.blocks.cache
             for block_hash in self.engine.cached_blocks():
                 (block,) = cache.find([block_hash], 1)
@@ -288,6 +296,8 @@ def test_random_schedules_keep_every_promise(kv: ModuleType) -> None:
         ),
     )
     assert seen["steps"] >= MIN_STEPS, seen
+    for depth in (1, 2, 3):
+        assert seen[f"depth {depth}"] >= MIN_STEPS // 10, seen
     for event in ("preemptions", "cancelled", "stop", "length", "drains", "sequences"):
         assert seen[event] >= 500, (event, seen)
     for event in ("row errors", "device failures", "refused"):

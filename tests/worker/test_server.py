@@ -18,7 +18,7 @@ from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 from shoal.worker.cache_watch import CacheWatch
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine, EngineLoad, StepOutput
-from shoal.worker.executor import ModelInfo
+from shoal.worker.executor import ModelInfo, SerialExecutor
 from shoal.worker.loop import Command, Report, Snapshot
 from shoal.worker.server import EngineServer, ListenError, ServerSettings
 from shoal.worker.step import Sampled, StepPlan, StepResult
@@ -31,7 +31,7 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 @dataclass
-class CountingExecutor:
+class CountingExecutor(SerialExecutor):
     """A device whose next token is always the position it stands at."""
 
     num_blocks: int = 65

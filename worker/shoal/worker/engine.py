@@ -1,22 +1,24 @@
 """The engine: requests in, deltas out, one step at a time.
 
-    expire -> schedule -> execute -> commit
+    expire -> schedule and submit, until the device is full -> collect the oldest step -> commit
 
 Synchronous and used by one thread, which calls `step` while `has_work`. A fault of one request
 ends that request. A failed step ends the sequences that were in it; a device that fails three
-steps in a row is given up: everything in flight ends, and the engine is dead.
+steps in a row, or says that it is gone, is given up: everything in flight ends, and the engine is
+dead.
 """
 
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from shoal.api.blocks import BlockHash, block_hashes, root_hash
 from shoal.worker.config import EngineConfig
-from shoal.worker.executor import Executor
+from shoal.worker.executor import DeviceLost, Executor
 from shoal.worker.request import (
     EngineRequest,
     ErrorCode,
@@ -26,7 +28,6 @@ from shoal.worker.request import (
 )
 from shoal.worker.scheduler import EngineStats, Scheduler
 from shoal.worker.sequence import Sequence, SequenceDelta, begun_anew, sequences_of
-from shoal.worker.step import StepPlan
 from shoal.worker.step_times import StepTimes
 from shoal.worker.validate import check_config, validate_request
 from shoal.worker.weight_sets import WeightSet, WeightSets
@@ -97,7 +98,10 @@ class Engine:
         self._weights = WeightSets(revision)
         self._clock = clock
         self._rng = rng or random.Random()
-        self._scheduler = Scheduler(config, executor.num_blocks, executor.block_size)
+        self._scheduler = Scheduler(
+            config, executor.num_blocks, executor.block_size, executor.depth
+        )
+        self._flights: deque[_Flight] = deque()
         self.max_model_len = self._limit_length()  # prompt and generated tokens, of any request
         self.heartbeat = clock()  # when the last step finished, by the clock given
         self._requests: dict[str, _InFlight] = {}
@@ -124,7 +128,7 @@ class Engine:
     @property
     def dead(self) -> str | None:
         """Why the engine was given up, or None while it serves."""
-        return self._dead
+        return self._dead or self._executor.lost
 
     def stats(self) -> EngineStats:
         """A copy of the totals since the start."""
@@ -181,7 +185,7 @@ class Engine:
         self._expire()
         deltas, self._pending = self._pending, []
         if self._scheduler.has_work:
-            deltas += self._run(self._scheduler.schedule())
+            deltas += self._run()
         for delta in deltas:
             if delta.finish is not None:
                 self._forget(delta.key)
@@ -237,30 +241,48 @@ class Engine:
         """All blocks that a new request could share, the changes not yet drained included."""
         return self._scheduler.blocks.cache.hashes()
 
-    def _run(self, plan: StepPlan) -> list[SequenceDelta]:
+    def _run(self) -> list[SequenceDelta]:
+        """Fills the device with plans, and takes the oldest one's result."""
         scheduler = self._scheduler
-        num_prefill = plan.num_tokens - scheduler.num_decoding
-        self.step_allowance = self._times.allowance(plan.num_tokens)
-        started = self._clock()
+        while scheduler.num_flights < self._executor.depth:
+            known = scheduler.counters.prefilled_tokens
+            plan = scheduler.schedule()
+            if not plan.rows:
+                break
+            prefilled = scheduler.counters.prefilled_tokens - known
+            allowance = self._times.allowance(plan.num_tokens)
+            self._flights.append(_Flight(plan.step, prefilled, self._clock(), allowance))
+            self.step_allowance = sum(flight.allowance for flight in self._flights)
+            try:
+                self._executor.submit(plan)
+            except Exception as error:
+                return self._failed(error)
         try:
-            result = self._executor.execute(plan)
+            result = self._executor.collect()
             scheduler.check_result(result)
         except Exception as error:
-            return self._failed(plan, error)
+            return self._failed(error)
+        flight = self._flights.popleft()
+        # A step that was submitted while another was computed began when that one was over.
+        started = max(flight.submitted, self.heartbeat)
         self.heartbeat = self._clock()
-        self._times.add(self.heartbeat - started, num_prefill)
+        self._times.add(self.heartbeat - started, flight.prefill_tokens)
         self._failures = 0
         return scheduler.commit(result)
 
-    def _failed(self, plan: StepPlan, error: Exception) -> list[SequenceDelta]:
-        """The plan's sequences end; with the last failure that is borne, all do."""
-        log.error("step %d failed on the device", plan.step, exc_info=error)
+    def _failed(self, error: Exception) -> list[SequenceDelta]:
+        """The sequences of the plans under way end; with the last failure that is borne, all do."""
+        log.error("step %d failed on the device", self._flights[0].step, exc_info=error)
+        self._flights.clear()
         reason = f"the step failed on the device: {type(error).__name__}: {error}"
         scheduler = self._scheduler
         deltas = scheduler.fail(reason)
         self._failures += 1
-        if self._failures == MAX_FAILURES:
+        if isinstance(error, DeviceLost):
+            self._dead = str(error)
+        elif self._failures == MAX_FAILURES:
             self._dead = f"{MAX_FAILURES} steps failed in a row, the last one with: {error}"
+        if self._dead is not None:
             log.critical("giving the engine up: %s", self._dead)
             for delta in deltas:
                 self._forget(delta.key)
@@ -316,8 +338,8 @@ class Engine:
                 del self._requests[key.request_id]
 
     def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDead(self._dead)
+        if (why := self.dead) is not None:
+            raise EngineDead(why)
 
     def _limit_length(self) -> int:
         info, config, pool = self._executor.info, self._config, self._scheduler.blocks.pool
@@ -333,6 +355,16 @@ class Engine:
                 self._executor.block_size,
             )
         return min(wanted, fitting)
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step under way."""
+
+    step: int
+    prefill_tokens: int
+    submitted: float  # by the engine's clock
+    allowance: float  # seconds
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
-"""The seam between engine and device: one plan in, sampled tokens out."""
+"""The seam between engine and device: plans in, sampled tokens out."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,18 +19,63 @@ class ModelInfo:
     dtype: str  # bfloat16 | float16 | float32
 
 
+class DeviceLost(RuntimeError):
+    """What computes is gone, with everything in flight: only a new process helps."""
+
+
 class Executor(Protocol):
-    """Runs the model over slots and KV blocks. One owner: the engine's thread."""
+    """Runs the model over slots and KV blocks. One owner: the engine's thread.
+
+    Plans are computed in the order of their submission: what a plan stores is there for all that
+    come after it.
+    """
 
     info: ModelInfo
     num_blocks: int  # block 0 is null and never handed out
     block_size: int
 
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Computes the plan's rows and returns a `Sampled` for each with `sample` set,
-        in their order. Raises only if the device failed: an error of one row is in its result."""
+    @property
+    def depth(self) -> int:
+        """Plans that may be submitted and not yet collected; more than one keeps the stages of a
+        pipeline busy."""
+        ...
+
+    @property
+    def lost(self) -> str | None:
+        """Why the device is gone, or None while it is there. Any thread may read it."""
+        ...
+
+    def submit(self, plan: StepPlan) -> None:
+        """Begins a plan that has rows. At most `depth` are under way. Raises as `collect`."""
+        ...
+
+    def collect(self) -> StepResult:
+        """Waits for the oldest plan under way and returns a `Sampled` for each of its rows with
+        `sample` set, in their order. Raises only if the device failed, and then drops all plans
+        under way: an error of one row is in its result. DeviceLost: it failed for good."""
         ...
 
     def close(self) -> None:
         """Frees the device's memory. Idempotent."""
         ...
+
+
+class SerialExecutor(ABC):
+    """An `Executor` that computes one plan at a time, in the caller's thread."""
+
+    depth = 1
+    lost: str | None = None
+    _submitted: StepPlan | None = None
+
+    @abstractmethod
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Computes the plan; raises if the device failed."""
+
+    def submit(self, plan: StepPlan) -> None:
+        assert self._submitted is None, "one plan at a time"
+        self._submitted = plan
+
+    def collect(self) -> StepResult:
+        plan, self._submitted = self._submitted, None
+        assert plan is not None, "no plan was submitted"
+        return self.execute(plan)

@@ -13,7 +13,7 @@ from shoal.kernels.flat import FlatBatch
 from shoal.kernels.paged import CacheShape, flat_order
 from shoal.kernels.quant import GROUP, quantize_int8
 from shoal.worker.config import EngineConfig
-from shoal.worker.executor import ModelInfo
+from shoal.worker.executor import ModelInfo, SerialExecutor
 from shoal.worker.host import available_memory, resident_memory, usable_cores
 from shoal.worker.memory import LOGIT_ROWS, plan_memory
 from shoal.worker.model.backend import Backend, TorchBackend
@@ -33,7 +33,7 @@ QUANTIZATIONS = ("auto", "none", "int8")
 _WARM_UP_TOKENS = 64
 
 
-class InProcessExecutor:
+class InProcessExecutor(SerialExecutor):
     """Implements `shoal.worker.executor.Executor`. Used by one thread."""
 
     def __init__(

@@ -14,11 +14,18 @@ A sequence is admitted with the blocks of all its tokens, so that only decodes a
 they cannot, running sequences are preempted: see `Scheduler._victim`. The first running sequence
 by (priority, arrival) is never a victim and always moves on, and fits the pool when alone, hence
 within a priority nobody starves.
+
+Several plans may be under way at a time, for the stages of a pipeline. A decode waits for the token
+that is being drawn for it, so each plan takes its share of the decodes; prompts need not wait, as
+plans are computed in order. For the same reason blocks are free at once when a sequence leaves
+while a plan under way still writes to them: whoever gets them writes later.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 from shoal.worker.block_tables import BlockTables
 from shoal.worker.config import EngineConfig
@@ -43,22 +50,53 @@ class EngineStats:
     preempted_tokens: int = 0  # computed when their sequence was preempted
 
 
+class _Ticket(NamedTuple):
+    """A sequence in a plan under way, and in which stay on which slot."""
+
+    seq: Sequence
+    slot: int
+    stay: int
+
+    @classmethod
+    def of(cls, seq: Sequence) -> "_Ticket":
+        assert seq.slot is not None
+        return cls(seq, seq.slot, seq.stay)
+
+    @property
+    def void(self) -> bool:
+        """The sequence has ended or was preempted since."""
+        return self.seq.stay != self.stay
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A plan under way."""
+
+    members: list[_Ticket]  # of all rows
+    sampling: list[_Ticket]  # of these, whose rows have `sample`, in their order
+    num_decodes: int  # of these, that were decoding
+
+
 @dataclass(slots=True)
 class _Draft:
     """A plan in the making."""
 
     budget: int  # tokens left
     rows: list[Row]
+    flight: _Flight
     init: list[SlotInit] = field(default_factory=list)
     longs: int = 0  # long prompts that may still have a share in this round
     served: set[Order] = field(default_factory=set)  # prefills with a row
 
 
 class Scheduler:
-    """Owns the queues, the slots, the blocks and the prefix cache. `schedule` and `commit` (or
-    `fail`) alternate; `add` and `end` come between steps."""
+    """Owns the queues, the slots, the blocks and the prefix cache. Each plan of `schedule` that
+    has rows is answered by `commit`, in order, or all of them by `fail`; at most `depth` are under
+    way. `add` and `end` may come at any time."""
 
-    def __init__(self, config: EngineConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, config: EngineConfig, num_blocks: int, block_size: int, depth: int = 1
+    ) -> None:
         self.blocks = BlockTables(num_blocks, block_size, caching=config.enable_prefix_caching)
         self.counters = EngineStats()
         self._budget = config.max_batched_tokens
@@ -71,20 +109,22 @@ class Scheduler:
         self._free_slots = list(range(self.max_running))[::-1]
         self._waiting_tokens = 0
         self._step = 0
-        self._in_step: list[Sequence] = []  # of the plan handed out
-        self._sampling: list[Sequence] = []  # of these, whose rows have `sample`, in their order
+        self._depth = depth
+        self._flights: deque[_Flight] = deque()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._decoding or self._prefilling or self._waiting)
+        """Whether anybody runs or waits, or a plan is under way."""
+        return bool(self._decoding or self._prefilling or self._waiting or self._flights)
+
+    @property
+    def num_flights(self) -> int:
+        """Plans under way."""
+        return len(self._flights)
 
     @property
     def num_running(self) -> int:
         return len(self._prefilling) + len(self._decoding)
-
-    @property
-    def num_decoding(self) -> int:
-        return len(self._decoding)
 
     @property
     def num_waiting(self) -> int:
@@ -114,36 +154,50 @@ class Scheduler:
         self._enqueue(successor)
 
     def schedule(self) -> StepPlan:
-        """Plans the next step. The plan has rows whenever a sequence is running or waiting."""
+        """Plans the next step. The plan has rows whenever a sequence is running or waiting and no
+        plan is under way; one without rows is not a step and gets no answer."""
         assert self.num_running or not self.blocks.pool.num_used, "nobody runs, but blocks are held"
-        self._step += 1
         preempted = self._make_room()
-        grow = self._grow_tables()
-        rows = self._decode_rows()
-        self._in_step, self._sampling = self._decoding[:], self._decoding[:]
-        draft = _Draft(self._budget - len(rows), rows)
+        decodes = self._ready()
+        grow = self._grow_tables(decodes)
+        rows = self._decode_rows(decodes)
+        tickets = [_Ticket.of(seq) for seq in decodes]
+        flight = _Flight(tickets, tickets[:], len(tickets))
+        draft = _Draft(self._budget - len(rows), rows, flight)
         # A preemption says that blocks are short: those freed are not for newcomers.
         self._plan_prefills(draft, admit=not preempted)
+        if draft.rows:
+            self._step += 1
+            self._flights.append(flight)
         return StepPlan(self._step, tuple(draft.init), tuple(grow), tuple(draft.rows))
 
     def check_result(self, result: StepResult) -> None:
-        """Raises ValueError if the result does not answer the rows of the plan handed out."""
-        if [seq.slot for seq in self._sampling] != [sampled.slot for sampled in result.sampled]:
+        """Raises ValueError if the result does not answer the rows of the oldest plan."""
+        flight = self._flights[0]
+        if [ticket.slot for ticket in flight.sampling] != [part.slot for part in result.sampled]:
             raise ValueError("the executor's result does not match the plan's rows")
         if result.prompt_logprobs:
-            slots = {seq.slot for seq in self._in_step}
+            slots = {ticket.slot for ticket in flight.members}
             if any(part.slot not in slots for part in result.prompt_logprobs):
                 raise ValueError("the executor's prompt logprobs are of slots not in the plan")
 
     def commit(self, result: StepResult) -> list[SequenceDelta]:
-        """Takes the tokens drawn, of a result that was checked; sequences that end with them free
-        their blocks."""
-        by_slot = {seq.slot: seq for seq in self._in_step} if result.prompt_logprobs else {}
+        """Takes the tokens drawn by the oldest plan, of a result that was checked; sequences that
+        end with them free their blocks. What was drawn for one that has left is dropped: where it
+        resumes, it draws the same again."""
+        flight = self._flights.popleft()
+        by_slot = {ticket.slot: ticket for ticket in flight.members if result.prompt_logprobs}
         for part in result.prompt_logprobs:
-            by_slot[part.slot].take_prompt_logprobs(part)
+            if not by_slot[part.slot].void:
+                by_slot[part.slot].seq.take_prompt_logprobs(part)
         deltas = []
-        num_decodes = len(self._decoding)
-        for place, (seq, sampled) in enumerate(zip(self._sampling, result.sampled, strict=True)):
+        for place, (ticket, sampled) in enumerate(
+            zip(flight.sampling, result.sampled, strict=True)
+        ):
+            if ticket.void:
+                continue
+            seq = ticket.seq
+            seq.awaited = False
             if sampled.error is not None:
                 # What made the logits unusable may be in the blocks: nobody may find them.
                 self.blocks.distrust(seq)
@@ -154,20 +208,22 @@ class Scheduler:
             deltas.append(delta)
             if delta.finish is not None:
                 self.end(seq)
-            elif place >= num_decodes:
+            elif place >= flight.num_decodes:
                 _discard(self._prefilling, seq)
                 insort(self._decoding, seq, key=_ORDER)
         self.counters.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
-        self._in_step, self._sampling = [], []
         return deltas
 
     def fail(self, reason: str) -> list[SequenceDelta]:
-        """The step failed on the device. No KV is trusted after that: the plan's sequences end,
-        other running ones are computed anew, and the prefix cache is emptied."""
+        """A step failed on the device. No KV is trusted after that: the sequences of the plans
+        under way end, other running ones are computed anew, and the prefix cache is emptied."""
         deltas = []
-        for seq in self._in_step:
-            self.end(seq)
-            deltas.append(seq.ending(FinishReason.ERROR, reason, ErrorCode.INTERNAL))
+        for flight in self._flights:
+            for ticket in flight.members:
+                if not ticket.void:
+                    self.end(ticket.seq)
+                    deltas.append(ticket.seq.ending(FinishReason.ERROR, reason, ErrorCode.INTERNAL))
+        self._flights.clear()
         self.blocks.cache.clear()
         for seq in (*self._decoding, *self._prefilling):
             self._preempt(seq)
@@ -193,18 +249,26 @@ class Scheduler:
         return preempted
 
     def _num_at_border(self) -> int:
-        return sum(seq.num_computed == seq.capacity for seq in self._decoding)
+        return sum(seq.num_computed == seq.capacity for seq in self._ready())
 
-    def _grow_tables(self) -> list[SlotBlocks]:
+    def _ready(self) -> list[Sequence]:
+        """The decodes of the next plan: an equal share of all for each plan under way."""
+        if self._depth == 1:
+            return self._decoding[:]
+        ready = [seq for seq in self._decoding if not seq.awaited]
+        return ready[: -(-len(self._decoding) // self._depth)]
+
+    def _grow_tables(self, decodes: list[Sequence]) -> list[SlotBlocks]:
         grow = []
-        for seq in self._decoding:
+        for seq in decodes:
             if seq.num_computed == seq.capacity and seq.slot is not None:
                 grow.append(SlotBlocks(seq.slot, self.blocks.grow(seq, 1)))
         return grow
 
-    def _decode_rows(self) -> list[Row]:
+    def _decode_rows(self, decodes: list[Sequence]) -> list[Row]:
         rows = []
-        for seq in self._decoding:
+        for seq in decodes:
+            seq.awaited = True
             start = seq.num_computed
             rows.append(Row(seq.slot, start, 1, True))  # type: ignore[arg-type]  # it runs: a slot
             seq.num_computed = start + 1
@@ -235,7 +299,9 @@ class Scheduler:
             for seq in self._prefilling:
                 if not draft.budget:
                     return
-                if seq.order not in draft.served and self._may_go(seq.remaining, draft):
+                if seq.awaited or seq.order in draft.served:
+                    continue
+                if self._may_go(seq.remaining, draft):
                     self._prefill(seq, draft)
             if admit:
                 self._admit(draft)
@@ -297,9 +363,11 @@ class Scheduler:
         seq.num_computed = start + count
         self.blocks.register(seq)
         self.counters.prefilled_tokens += count
-        self._in_step.append(seq)
+        ticket = _Ticket.of(seq)
+        draft.flight.members.append(ticket)
         if count == remaining:
-            self._sampling.append(seq)
+            seq.awaited = True
+            draft.flight.sampling.append(ticket)
 
     # Queues.
 
@@ -319,6 +387,8 @@ class Scheduler:
         self.blocks.leave(seq)
         self._free_slots.append(seq.slot)
         seq.slot = None
+        seq.stay += 1
+        seq.awaited = False
 
 
 def _place(queue: list[Sequence], seq: Sequence) -> int:

@@ -66,6 +66,8 @@ class Sequence:
     num_registered: int = 0  # blocks that are in the prefix cache, or have an equal there
     capacity: int = 0  # tokens that `block_ids` hold
     slot: int | None = None  # None: waiting, or ended
+    stay: int = 0  # counts the times it left a slot: what was planned in an earlier stay is void
+    awaited: bool = False  # a plan under way draws its next token
     reported: bool = False  # the first delta went out
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
