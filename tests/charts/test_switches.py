@@ -157,6 +157,52 @@ def test_the_dashboard_is_found_by_grafana(render: "Render") -> None:
     assert len({panel["id"] for panel in board["panels"]}) == len(places)
 
 
+def test_external_metrics_are_registered_with_the_certificate_they_are_served_by(
+    render: "Render",
+) -> None:
+    """The API server reaches the named port of the operator, and trusts the chart's own pair."""
+    rendering = render("externalMetrics.enabled=true")
+    spec = rendering.one("APIService", "v1beta1.external.metrics.k8s.io")["spec"]
+    secret = rendering.one("Secret", "shoal-operator-tls")
+    assert spec["caBundle"] == secret["data"]["tls.crt"]
+    service = rendering.one("Service", spec["service"]["name"])
+    (port,) = service["spec"]["ports"]
+    assert port["port"] == spec["service"]["port"]
+    container = rendering.container("operator")
+    assert port["targetPort"] in [found["name"] for found in container["ports"]]
+    assert "--tls-cert-file=/etc/shoal-tls/tls.crt" in container["args"]
+    volumes = rendering.pod("operator")["volumes"]
+    assert {"name": "tls", "secret": {"secretName": "shoal-operator-tls"}} in volumes
+    (rule,) = [
+        rule
+        for rule in rendering.one("ClusterRole", "shoal-system:shoal-operator")["rules"]
+        if rule["apiGroups"] == ["autoscaling"]
+    ]
+    assert set(rule["verbs"]) == {"get", "list", "create", "patch", "delete"}
+
+
+def test_a_certificate_of_ones_own_needs_its_authority(render: "Render") -> None:
+    """With both nothing is made; the API server gets the authority."""
+    mine = ("externalMetrics.enabled=true", "externalMetrics.tls.secretName=mine")
+    with pytest.raises(RuntimeError, match="caBundle must hold the authority"):
+        render(*mine)
+    rendering = render(*mine, "externalMetrics.tls.caBundle=Q0E=")
+    assert not rendering.of("Secret")
+    spec = rendering.one("APIService", "v1beta1.external.metrics.k8s.io")["spec"]
+    assert spec["caBundle"] == "Q0E="
+
+
+def test_keda_finds_the_scaler(render: "Render") -> None:
+    """The operator tells KEDA the name and port of its own Service."""
+    rendering = render("keda.enabled=true")
+    service = rendering.one("Service", "shoal-operator")
+    (port,) = service["spec"]["ports"]
+    args = rendering.container("operator")["args"]
+    assert f"--scaler-address=shoal-operator.shoal-system.svc:{port['port']}" in args
+    assert f"--keda-port={port['port']}" in args
+    assert not rendering.of("APIService")
+
+
 @pytest.mark.parametrize(
     ("assignments", "said"),
     [

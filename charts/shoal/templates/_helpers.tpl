@@ -149,11 +149,25 @@ annotations:
 - apiGroups: [""]
   resources: [events]
   verbs: [get, create, patch]
+{{- if .Values.externalMetrics.enabled }}
+- apiGroups: [autoscaling]
+  resources: [horizontalpodautoscalers]
+  verbs: [get, list, create, patch, delete]
+{{- end }}
+{{- if .Values.keda.enabled }}
+- apiGroups: [keda.sh]
+  resources: [scaledobjects]
+  verbs: [get, list, create, patch, delete]
+{{- end }}
 {{- if not .Values.namespaces }}
 - apiGroups: [""]
   resources: [nodes] # whether one is lost
   verbs: [get, list, watch]
 {{- end }}
+{{- end }}
+
+{{- define "shoal.metricsSecret" -}}
+{{- default (printf "%s-operator-tls" (include "shoal.fullname" .)) .Values.externalMetrics.tls.secretName }}
 {{- end }}
 
 {{- define "shoal.router.rules" -}}
