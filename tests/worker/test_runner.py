@@ -185,7 +185,7 @@ def test_overflow_ends_one_row_and_leaves_no_trace(
         executor = create_executor(path, config, lambda phase, seconds: None)
     good = prompt(7, 12)
     clean = step(executor, Row(0, 0, 12, sample=True), init=[init(0, good)])[0]
-    inner = executor._backend
+    inner = executor._backends[0]
     embedding = inner._decoder.embedding if backend == "torch" else inner._step._kept[0]
     poison, healthy = 150, embedding[150].clone()
     good = tuple(token if token != poison else 3 for token in good)

@@ -72,7 +72,14 @@ class Snapshot:
     watcher: int
 
 
-Command = Add | Cancel | Snapshot
+@dataclass(frozen=True, slots=True)
+class Act:
+    """Something for the engine's thread to do between two steps. It must not raise."""
+
+    act: Callable[[], None]
+
+
+Command = Add | Cancel | Snapshot | Act
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +188,8 @@ class EngineLoop:
                     self._engine.cancel(request_id, index)
                 case Snapshot(watcher):
                     snapshots.append((watcher, tuple(self._engine.cached_blocks())))
+                case Act(act):
+                    act()
         output, seconds = None, 0.0
         if self._engine.has_work:
             started = self._clock()

@@ -50,11 +50,12 @@ class InProcessExecutor(SerialExecutor):
         )
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._backend = backend
+        self._backends = {0: backend}  # by number of the set of weights; they share the caches
         # A row a slot. The last token of a full sequence is stored, though never computed.
         self._tokens = np.zeros((slots, max_model_len + 1), np.int64)
         self._tables = np.zeros((slots, -(-max_model_len // block_size)), np.int64)
         self._table_len = np.zeros(slots, np.int64)
+        self._weights = [0] * slots  # number of the set that computes the slot
         self._sampler = Sampler(slots, spec.vocab_size, spec.eos_token_ids)
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt_len, likeliest)
         self._tainted: set[int] = set()  # blocks that may hold values that are not finite
@@ -68,7 +69,7 @@ class InProcessExecutor(SerialExecutor):
                 self._append_blocks(grow.slot, grow.block_ids)
             if self._tainted:
                 self._scrub(plan.rows)
-            return self._run(plan.rows) if plan.rows else StepResult(())
+            return self._compute(plan.rows) if plan.rows else StepResult(())
 
     def warm_up(self, num_tokens: int, clock: Callable[[], float]) -> None:
         """A prefill and a decode step on the null block, whose content nobody reads unmasked."""
@@ -80,7 +81,9 @@ class InProcessExecutor(SerialExecutor):
         self.execute(StepPlan(1, (), (), (Row(0, num_tokens, 1, sample=True),)))
 
     def close(self) -> None:
-        self._backend.close()
+        backends, self._backends = self._backends, {}
+        for backend in backends.values():
+            backend.close()
 
     def _enter(self, init: SlotInit) -> None:
         slot, count = init.slot, len(init.token_ids)
@@ -88,6 +91,7 @@ class InProcessExecutor(SerialExecutor):
         self._tables[slot] = 0
         self._table_len[slot] = 0
         self._append_blocks(slot, init.block_ids)
+        self._weights[slot] = init.weights
         self._sampler.set_slot(slot, init.sampling, init.seed, init.prompt_len)
         self._prompt_logprobs.pop(slot, None)
         if init.sampling.prompt_logprobs is not None:
@@ -107,9 +111,28 @@ class InProcessExecutor(SerialExecutor):
             fresh = set(self._tables[row.slot, first : last + 1].tolist()) & self._tainted
             self._tainted -= fresh
             if fresh:
-                self._backend.clear(sorted(fresh))
+                next(iter(self._backends.values())).clear(sorted(fresh))
 
-    def _run(self, rows: tuple[Row, ...]) -> StepResult:
+    def _compute(self, rows: tuple[Row, ...]) -> StepResult:
+        """The rows of each set of weights as a batch of their own: no row reads what another
+        set's row stores."""
+        numbers = {self._weights[row.slot] for row in rows}
+        if len(numbers) == 1:
+            return self._run(rows, self._backends[numbers.pop()])
+        parts = [
+            self._run(
+                tuple(row for row in rows if self._weights[row.slot] == number),
+                self._backends[number],
+            )
+            for number in sorted(numbers)
+        ]
+        sampled = {found.slot: found for part in parts for found in part.sampled}
+        return StepResult(
+            tuple(sampled[row.slot] for row in rows if row.sample),
+            tuple(prompt for part in parts for prompt in part.prompt_logprobs),
+        )
+
+    def _run(self, rows: tuple[Row, ...], backend: Backend) -> StepResult:
         slots = np.array([row.slot for row in rows])
         starts = np.array([row.start for row in rows])
         counts = np.array([row.count for row in rows])
@@ -125,18 +148,18 @@ class InProcessExecutor(SerialExecutor):
         asked = [(row, int(end)) for row, end in zip(rows, last, strict=True)]
         asked = [(row, end) for row, end in asked if row.slot in self._prompt_logprobs]
         wanted = [last, *(self._prompt_rows(row, end) for row, end in asked)]
-        hidden = self._backend.forward(batch, np.concatenate(wanted))
+        hidden = backend.forward(batch, np.concatenate(wanted))
         self._note_overflow(hidden[: len(rows)], slots)
         bounds = np.cumsum([len(part) for part in wanted]).tolist()
         prompts = [
-            self._prompt_entries(row, hidden[first:end])
+            self._prompt_entries(row, hidden[first:end], backend)
             for (row, _), (first, end) in zip(asked, pairwise(bounds), strict=True)
         ]
         sampling = np.flatnonzero([row.sample for row in rows])
         if not len(sampling):
             return StepResult((), tuple(part for part in prompts if part.entries))
         slots, lengths = slots[sampling], (starts + counts)[sampling]
-        logits = self._backend.logits(hidden[torch.from_numpy(sampling)])
+        logits = backend.logits(hidden[torch.from_numpy(sampling)])
         sampled = self._sampler.sample(logits, slots, lengths, self._tokens)
         self._tokens[slots, lengths] = [result.token_id for result in sampled]
         return StepResult(tuple(sampled), tuple(part for part in prompts if part.entries))
@@ -155,14 +178,14 @@ class InProcessExecutor(SerialExecutor):
         first = last - row.count + 1
         return np.arange(first, first + count)
 
-    def _prompt_entries(self, row: Row, hidden: torch.Tensor) -> PromptLogprobs:
+    def _prompt_entries(self, row: Row, hidden: torch.Tensor, backend: Backend) -> PromptLogprobs:
         likeliest = self._prompt_logprobs[row.slot][1]
         following = torch.from_numpy(self._tokens[row.slot, row.start + 1 :])
         entries = []
         for first in range(0, len(hidden), LOGIT_ROWS):
             part = hidden[first : first + LOGIT_ROWS]
             chosen = following[first : first + len(part)]
-            entries += logprob_entries(self._backend.logits(part), chosen, [likeliest] * len(part))
+            entries += logprob_entries(backend.logits(part), chosen, [likeliest] * len(part))
         return PromptLogprobs(row.slot, row.start + 1, tuple(entries))
 
 
