@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.api.blocks import block_hashes, root_hash, wire_id
-from shoal.router.prefix_index import PrefixIndex, PromptBlocks
+from shoal.router.prefix_index import FIRST_CHUNK, PrefixIndex, PromptBlocks
 
 ROOT = root_hash("r")
 REPLICAS = "abc"
@@ -83,7 +83,7 @@ def test_an_unknown_prompt_costs_one_chunk_of_hashing():
     index.stored("a", [1, 2, 3])
     prompt = PromptBlocks(ROOT, range(10_000), 16)
     assert index.match(prompt) == {}
-    assert len(prompt.ids) == 8
+    assert len(prompt.ids) == FIRST_CHUNK
 
 
 def test_a_replica_never_holds_more_than_its_capacity():

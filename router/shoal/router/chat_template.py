@@ -42,6 +42,8 @@ class ChatTemplate:
             "documents": None,
             **special_tokens,
         }
+        # `render` hands all of them over; as a template's own they are only counted again.
+        self._template.globals = {}
 
     def render(
         self,

@@ -154,6 +154,11 @@ class Generation:
         """Nothing more will come from replicas: finished, failed or cancelled."""
         return self._closed or not self.unfinished or self._error is not None
 
+    @property
+    def ready(self) -> bool:
+        """`take` returns something, and does not raise."""
+        return bool(self._ready)
+
     def listen(self, wake: Callable[[], object] | None) -> None:
         """From now on `wake` is called, on the event loop, whenever `take` has something new to
         say, and now where it has already. One listener at a time; it must not raise. None: nobody

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from shoal.api.blocks import BlockHash, block_hashes, wire_ids
 
-FIRST_CHUNK = 8  # blocks hashed before the first lookup; every further chunk is twice as long
+FIRST_CHUNK = 2  # blocks hashed before the first lookup; later chunks double what there is
 
 
 class PromptBlocks:

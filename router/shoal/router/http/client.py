@@ -1,19 +1,29 @@
 """What a connection knows about the client of one request, for the request's handler."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 STATE_KEY = "shoal.client"  # in the state of the request's ASGI scope
+
+
+class Wire(Protocol):
+    """Where a response goes, below ASGI."""
+
+    def write(self, piece: bytes) -> bool:
+        """Sends a piece of a chunked response that has begun, at once. False, and nothing is
+        sent, where only ASGI's `send` will do: it can wait for a client that reads slowly."""
 
 
 class Client:
     """The connection writes, the exchange reads and listens."""
 
-    __slots__ = ("body_complete", "gone", "on_gone")
+    __slots__ = ("body_complete", "gone", "on_gone", "wire")
 
     def __init__(self) -> None:
         self.body_complete = False  # all of the request has arrived
         self.gone = False  # it hung up
         self.on_gone: Callable[[], None] | None = None
+        self.wire: Wire | None = None  # None: a server that has no such thing
 
     def hung_up(self) -> None:
         """Tells the listener, if there is one."""

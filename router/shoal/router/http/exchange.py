@@ -176,6 +176,12 @@ class Exchange:
             }
         )
 
+    def write(self, piece: bytes) -> bool:
+        """Sends a piece of a body that has begun and goes on, without a wait. False, and nothing
+        is sent, where that cannot be: then `send` does it."""
+        wire = self._client.wire
+        return self.started and wire is not None and wire.write(piece)
+
     def send(self, body: bytes, *, more: bool) -> Awaitable[None]:
         """One piece of the body. Waits while the client is slower than we are."""
         return self._send({"type": "http.response.body", "body": body, "more_body": more})

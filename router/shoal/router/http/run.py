@@ -5,7 +5,7 @@ A request has one generation a prompt, and each generation has `samples` choices
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -57,8 +57,10 @@ class Run:
         self._cached = [0] * len(generations)
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._pass_on: Callable[[list[Step]], bool] | None = None
         # Generations that have something to take, in the order in which they said so.
         self._news: list[int] = []
+        self._left: list[Step] = []  # taken, but not passed on
         for place, generation in enumerate(generations):
             generation.listen(partial(self._tell, place))
 
@@ -89,20 +91,30 @@ class Run:
     def cancel(self) -> None:
         """Ends whatever still runs. Always call it in the end: it also lets go of the
         generations, which are garbage at once and not at the collector's next pass."""
+        self._pass_on = None
         for generation in self.generations:
             generation.listen(None)
             if not generation.settled:
                 generation.cancel()
 
-    async def next(self) -> list[Step]:
+    async def next(self, pass_on: Callable[[list[Step]], bool] | None = None) -> list[Step]:
         """All that is there, and waits until something is. Raises GenerationError: failed, or
-        over before every choice had ended, since the client hung up."""
+        over before every choice had ended, since the client hung up.
+
+        `pass_on`: called meanwhile with each piece of news as it comes, where it comes; True: it
+        took care of it, and the wait goes on. False, or an error, which is raised here, ends
+        the wait. It saves a stream a wake-up of its task for every token.
+        """
+        self._pass_on = pass_on
         while not self._news:
             self._waiter = self._loop.create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
+            if self._left:
+                left, self._left = self._left, []
+                return left
         news, self._news = self._news, []
         if len(news) == 1:
             return self._take(news[0])
@@ -110,9 +122,22 @@ class Run:
 
     def _tell(self, prompt: int) -> None:
         """A generation has something new."""
-        self._news.append(prompt)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        waiter = self._waiter
+        if waiter is None or waiter.done():
+            self._news.append(prompt)
+            return
+        try:
+            if self._pass_on is None or not self.generations[prompt].ready:
+                self._news.append(prompt)
+            else:
+                steps = self._take(prompt)
+                if not steps or self._pass_on(steps):
+                    return
+                self._left = steps
+        except Exception as error:
+            waiter.set_exception(error)
+            return
+        waiter.set_result(None)
 
     def _take(self, prompt: int) -> list[Step]:
         generation = self.generations[prompt]

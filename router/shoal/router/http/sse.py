@@ -154,39 +154,50 @@ async def stream(
     extras: Callable[[Step], Extras] | None,
     echo: Callable[[Step], tuple[str, Extras | None]] | None = None,
 ) -> None:
-    """Streams a run as it comes, in one write a wake-up. The response begins with the first
-    token: what fails before raises GenerationError, what fails later becomes an error event.
+    """Streams a run as it comes, in one write a step of the engine. The response begins with the
+    first token: what fails before raises GenerationError, what fails later becomes an error event.
 
     `extras`: what a step carries beside its text. `echo`: what comes before a choice's first.
     """
     prefixes = [chunks.prefix(choice) for choice in range(len(run.streams))]
     unopened = set(range(len(run.streams)))
+
+    def render(steps: list[Step]) -> bytes:
+        parts = []
+        for step in steps:
+            choice, text, _ = step
+            if choice in unopened:
+                unopened.remove(choice)
+                parts.append(chunks.opening(choice))
+                if echo is not None:
+                    parts.append(chunks.text(prefixes[choice], *echo(step)))
+            extra = extras(step) if extras is not None else None
+            if text or (extra is not None and extra.any):
+                parts.append(chunks.text(prefixes[choice], text, extra))
+            if run.streams[choice].finish is not None:
+                parts.append(chunks.ending(choice, run.streams[choice]))
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    rendered = b""  # but not sent
+
+    def pass_on(steps: list[Step]) -> bool:
+        nonlocal rendered
+        rendered = render(steps)
+        if run.done or (rendered and not exchange.write(rendered)):
+            return False
+        rendered = b""
+        return True
+
     try:
-        done = False
-        while not done:
-            steps = await run.next()
-            if not steps:
-                continue
-            if not exchange.started:
+        while not run.done:
+            steps = await run.next(pass_on if exchange.started else None)
+            body, rendered = rendered or render(steps), b""
+            if not exchange.started and steps:
                 await exchange.start(200, [*SSE, *run.headers()])
-            parts = []
-            for step in steps:
-                choice, text, _ = step
-                if choice in unopened:
-                    unopened.remove(choice)
-                    parts.append(chunks.opening(choice))
-                    if echo is not None:
-                        parts.append(chunks.text(prefixes[choice], *echo(step)))
-                extra = extras(step) if extras is not None else None
-                if text or (extra is not None and extra.any):
-                    parts.append(chunks.text(prefixes[choice], text, extra))
-                if run.streams[choice].finish is not None:
-                    parts.append(chunks.ending(choice, run.streams[choice]))
-            done = run.done
-            if done:
-                parts.append(chunks.last())
-            if parts:
-                await exchange.send(b"".join(parts), more=not done)
+            if run.done:
+                await exchange.send(body + chunks.last(), more=False)
+            elif body:
+                await exchange.send(body, more=True)
     except (GenerationError, ApiError) as error:
         if not exchange.started:
             raise
