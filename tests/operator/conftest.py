@@ -9,21 +9,19 @@ from pathlib import Path
 import pytest
 
 from shoal.api.types import InferenceService, parse_document
-from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
-from shoal.operator.plan import (
+from shoal.operator.actions import (
     Action,
     CreatePod,
     DeletePod,
     DrainPod,
     ForgetRevision,
-    Plan,
     RemoveRoutes,
     ResumePod,
     SaveRevision,
     WriteRoutes,
-    plan,
-    plan_removal,
 )
+from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
+from shoal.operator.plan import Plan, plan, plan_removal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 

@@ -12,20 +12,19 @@ from typing import Any
 from shoal.api.names import ANNOTATION_DRAIN_STARTED
 from shoal.api.routes import RouteTable
 from shoal.api.types import InferenceService, InferenceServiceStatus
-from shoal.operator.groups import Group, groups_of
-from shoal.operator.observe import EndpointView, Observed, RouterView
-from shoal.operator.plan import (
+from shoal.operator.actions import (
     Action,
     CreatePod,
     DeletePod,
     DrainPod,
     ForgetRevision,
-    Plan,
     ResumePod,
     SaveRevision,
     WriteRoutes,
-    plan,
 )
+from shoal.operator.groups import Group, groups_of
+from shoal.operator.observe import EndpointView, Observed, RouterView
+from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
 from shoal.operator.podstate import observed_pod
 from shoal.operator.revision import Revision

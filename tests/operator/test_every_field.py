@@ -11,8 +11,9 @@ import pytest
 from shoal.api.rules import violations
 from shoal.api.scaling import AutoscalingSpec
 from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec
+from shoal.operator.actions import SaveRevision
 from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
-from shoal.operator.plan import Plan, SaveRevision, plan
+from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
 from shoal.operator.revision import Revision, revision_of
 from shoal.operator.unsupported import unsupported

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from shoal.operator.actions import CreatePod, DeletePod, DrainPod, WriteRoutes
 from shoal.operator.observe import RouterView
-from shoal.operator.plan import CreatePod, DeletePod, DrainPod, WriteRoutes
 from tests.operator.simulated import NODES
 from tests.operator.test_plan_machine import BROKEN, Story
 

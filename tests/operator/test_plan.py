@@ -6,9 +6,9 @@ import pytest
 
 from shoal.api.names import LABEL_REVISION, LABEL_SERVICE
 from shoal.api.types import ConditionStatus, ConditionType
+from shoal.operator.actions import CreatePod, DeletePod, DrainPod, SaveRevision, WriteRoutes
 from shoal.operator.claims import claims
 from shoal.operator.observe import Claim
-from shoal.operator.plan import CreatePod, DeletePod, DrainPod, SaveRevision, WriteRoutes
 from shoal.operator.platform import LOCAL
 from shoal.operator.revision import revision_of
 
@@ -247,7 +247,7 @@ def test_weights_follow_the_replicas(world, service):
     world.serve(new)
     decided = world.plan(changed)
     table = next(a.table for a in decided.actions if isinstance(a, WriteRoutes))
-    assert sorted(table.weights.values()) == [1, 3]
+    assert sorted(table.weights.values()) == [25, 75]
 
 
 def test_scaling_to_zero_and_back(world, service):

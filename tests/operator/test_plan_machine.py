@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.operator.plan import CreatePod, DeletePod
+from shoal.operator.actions import CreatePod, DeletePod
 from shoal.operator.revision import revision_of
 from tests.operator.conftest import make_service
 from tests.operator.simulated import NODES, Cluster

@@ -3,7 +3,7 @@
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shoal.operator.plan import CreatePod, DeletePod
+from shoal.operator.actions import CreatePod, DeletePod
 from shoal.operator.revision import revision_of
 
 GOOD, OTHER, BROKEN = "0.1.0", "0.1.1", "0.1.2"  # model revisions; pods of BROKEN never get ready

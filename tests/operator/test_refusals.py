@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.api.types import ConditionType, InvalidManifest, parse_document
+from shoal.operator.actions import CreatePod
 from shoal.operator.observe import Observed
-from shoal.operator.plan import CreatePod, plan
+from shoal.operator.plan import plan
 from shoal.operator.platform import Platform, PodDefaults
 from tests.api.bad_manifests import UNMET
 from tests.operator.conftest import make_service

@@ -11,7 +11,8 @@ from shoal.operator.canary_moves import canary_moves
 from shoal.operator.durations import bucket_of
 from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
 from shoal.operator.rollout import Bounds
-from shoal.operator.trial import attend, replicas_of
+from shoal.operator.strategy import replicas_of
+from shoal.operator.trial import attend
 
 OLD, NEW = "0ld", "new"
 BOUNDS = Bounds(4, 1, 0)

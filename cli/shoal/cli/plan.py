@@ -12,7 +12,7 @@ from shoal.cli.options import file_option
 from shoal.cli.output import format_data, output_option
 
 if TYPE_CHECKING:
-    from shoal.operator.plan import Action
+    from shoal.operator.actions import Action
 
 
 @click.command()
@@ -63,7 +63,7 @@ def command(filenames: tuple[str, ...], platform: str, output: str | None) -> No
 
 
 def _as_data(action: "Action") -> dict[str, Any]:
-    from shoal.operator.plan import CreatePod, SaveRevision, WriteRoutes
+    from shoal.operator.actions import CreatePod, SaveRevision, WriteRoutes
 
     kind = type(action).__name__
     match action:

@@ -62,7 +62,7 @@ class Course:
 
     state: CanaryState | None  # to be kept; None: no canary
     weights: Mapping[str, int] | None = None  # by revision, in sum 100; None: as without a canary
-    replicas: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    replicas: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))  # by revision
     completed: bool = False  # the new revision is the active one from now on
 
 
@@ -86,7 +86,9 @@ def advance(
     state = _clocked(spec, state, situation, now)
     while _passed(spec, state, situation, now):
         if state.step == len(spec.steps) - 1:
-            return Course(None, {wanted: WHOLE, stable: 0}, {}, completed=True)
+            # Nothing is taken away before the promotion is written down.
+            kept = _replicas(spec, state, situation)
+            return Course(None, {wanted: WHOLE, stable: 0}, kept, completed=True)
         state = _clocked(spec, replace(state, step=state.step + 1, since=None), situation, now)
     return Course(state, _weights(spec, state, situation), _replicas(spec, state, situation))
 

@@ -16,7 +16,7 @@ from shoal.operator.observe import ObservedPod
 class Group:
     """The pods of one replica that are there."""
 
-    revision: str
+    revision: str  # that it was made of
     replica: int
     pods: tuple[ObservedPod, ...]  # by place; at least one
 
@@ -90,7 +90,7 @@ def groups_of(pods: Iterable[ObservedPod]) -> tuple[Group, ...]:
     """The pods by group, in the order in which the groups' first pods were seen."""
     found: dict[tuple[str, int], list[ObservedPod]] = {}
     for pod in pods:
-        found.setdefault((pod.revision, pod.replica), []).append(pod)
+        found.setdefault((pod.born or pod.revision, pod.replica), []).append(pod)
     return tuple(
         Group(revision, replica, tuple(sorted(members, key=lambda pod: pod.member)))
         for (revision, replica), members in found.items()

@@ -6,12 +6,15 @@ Times are Unix seconds.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Final
 
 from shoal.api.routes import RouteTable
-from shoal.api.types import AutoscalingStatus, InferenceServiceStatus
+from shoal.api.types import AutoscalingStatus, CanaryStatus, InferenceServiceStatus
+from shoal.api.v1 import router_pb2
 from shoal.operator.autoscale_load import RouterReport
+from shoal.operator.canary import Course
 from shoal.operator.revision import Revision
 
 # Reasons that time alone does not mend: somebody has to change something.
@@ -40,7 +43,7 @@ class ObservedPod:
     """
 
     name: str
-    revision: str
+    revision: str  # that it serves
     replica: int
     created: float
     address: str | None = None  # host:port of the engine; None until it is known
@@ -56,6 +59,7 @@ class ObservedPod:
     lost: bool = False  # ended for good, or on a node that does not answer
     gone_node: bool = False  # lost with its node: it may come back
     fetched: int | None = None  # percent of the model, while it downloads and says so
+    born: str | None = None  # revision that it was made of, where weights were swapped since
 
     @property
     def retiring(self) -> bool:
@@ -81,7 +85,7 @@ class EndpointView:
 class RouterView:
     """What one router says about the service: the table it acts on, and its endpoints by name.
 
-    Its name and its report on the load are no part of what two views are compared by: a load
+    Its name and what it says of the load are no part of what two views are compared by: a load
     that changes is no reason to plan anew.
     """
 
@@ -89,6 +93,7 @@ class RouterView:
     endpoints: Mapping[str, EndpointView] = field(default_factory=lambda: MappingProxyType({}))
     name: str = field(default="", compare=False)
     report: RouterReport | None = field(default=None, compare=False)
+    load: router_pb2.ServiceLoad | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,34 @@ class ScalingView:
 
 
 @dataclass(frozen=True, slots=True)
+class TrialView:
+    """What a canary asks for, and what is shown of it."""
+
+    course: Course
+    status: CanaryStatus | None
+    healthy: bool | None  # None: not judged yet
+    message: str
+
+
+class SwapState(StrEnum):
+    """How a call to swap a replica's weights stands."""
+
+    RUNNING = "Running"
+    DONE = "Done"
+    REFUSED = "Refused"  # these weights do not go where the others are
+    FAILED = "Failed"  # to be tried again, once this is forgotten
+
+
+@dataclass(frozen=True, slots=True)
+class SwapView:
+    """The last call to swap one replica's weights."""
+
+    revision: str  # that it is to serve
+    state: SwapState
+    message: str = ""  # why it did not come to that, in the engine's words
+
+
+@dataclass(frozen=True, slots=True)
 class Observed:
     """Everything about one service that is not in its spec."""
 
@@ -124,6 +157,10 @@ class Observed:
     rejected: str | None = None  # why the cluster refused the pod that was to be made last
     silent_routers: int = 0  # that take requests but did not answer lately; not among `routers`
     scaling: ScalingView | None = None  # None: the number of replicas is the spec's
+    trial: TrialView | None = None  # None: no revision is on trial
+    swaps: Mapping[str, SwapView] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # by pod, of calls that this process made
 
     def admitted(self, pod: ObservedPod) -> bool:
         """Whether every router that answered sends requests to this pod; False if none did."""

@@ -17,90 +17,45 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from shoal.api.routes import RouteTable
 from shoal.api.types import InferenceService, InferenceServiceStatus
-from shoal.operator.build import STOP_MARGIN_SECONDS, Pod, build_group
+from shoal.operator.actions import (
+    Action,
+    CreatePod,
+    DeletePod,
+    DrainPod,
+    ForgetRevision,
+    MarkServed,
+    RemoveRoutes,
+    ResumePod,
+    SaveRevision,
+    SwapWeights,
+    WriteRoutes,
+)
+from shoal.operator.build import STOP_MARGIN_SECONDS, build_group
 from shoal.operator.groups import Group, groups_of
+from shoal.operator.inplace import served
 from shoal.operator.metadata import pod_name
 from shoal.operator.observe import Observed, ObservedPod
 from shoal.operator.overlay import OverlayError, overlay_problems
 from shoal.operator.platform import KUBERNETES, Platform
 from shoal.operator.revision import Revision, revision_of
-from shoal.operator.rollout import Bounds, Member, Moves, next_moves
+from shoal.operator.rollout import Bounds
 from shoal.operator.scaler import planned_replicas
 from shoal.operator.status import Refusal, Situation, build_status
+from shoal.operator.strategy import Goal, Steps, next_steps
 from shoal.operator.table import closed_table, frozen_table, route_table
 from shoal.operator.unsupported import unsupported
+from shoal.operator.wanted import Wanted, unknown_sentence, wanted_revision
 
 KILL_SECONDS = 10.0  # a pod that is deleted has no requests left, or is past its time
 DEFAULT_DRAIN_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class SaveRevision:
-    """Remember the spec of a revision before the first of its pods is made."""
-
-    revision: Revision
-
-
-@dataclass(frozen=True, slots=True)
-class CreatePod:
-    pod: Pod
-
-
-@dataclass(frozen=True, slots=True)
-class DrainPod:
-    """Mark the pod, the leader of its group, with the time from which `drainSeconds` count."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ResumePod:
-    """Take the mark back: the pod is wanted again."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class WriteRoutes:
-    table: RouteTable
-
-
-@dataclass(frozen=True, slots=True)
-class DeletePod:
-    """End the pod, by force after `grace_seconds`."""
-
-    name: str
-    grace_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetRevision:
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveRoutes:
-    """The service is gone: routers forget it."""
-
-
-Action = (
-    SaveRevision
-    | CreatePod
-    | DrainPod
-    | ResumePod
-    | WriteRoutes
-    | DeletePod
-    | ForgetRevision
-    | RemoveRoutes
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     actions: tuple[Action, ...]
     status: InferenceServiceStatus
+    again: float | None = None  # seconds after which time alone may change this
 
 
 def plan(
@@ -113,49 +68,54 @@ def plan(
     groups = groups_of(observed.pods)
     # From here on a group counts as one pod under its leader's name.
     observed = replace(observed, pods=tuple(group.as_replica() for group in groups))
+    wanted = wanted_revision(service, observed.revisions, platform)
     refusals = refusals_of(service, observed, platform)
     frozen = bool(refusals) or service.spec.paused
-    wanted = revision_of(service.spec, platform.pods)
     active = _active(observed)
-    target = active if frozen else wanted
-    bounds = _bounds(service, observed)
-
-    members = [
-        _member(pod, observed, target, active, frozen)
-        for pod in observed.pods
-        if not observed.gone(pod)
-    ]
-    moves = next_moves(members, bounds, can_repair=not frozen and active not in (None, target))
-    leaving = _leaving(observed, moves)
     saved = {revision.name: revision for revision in observed.revisions}
     if not frozen:
-        saved.setdefault(wanted, Revision(wanted, _time(now), service.spec, platform.pods))
+        own = Revision(wanted.own, _time(now), service.spec, platform.pods)
+        saved.setdefault(wanted.own, own)
+    goal = Goal(
+        target=active if frozen else wanted.name,
+        active=active,
+        bounds=bounds_of(service, observed),
+        frozen=frozen,
+        refused=bool(refusals),
+        saved=saved,
+    )
+    steps = next_steps(service, observed, goal, now)
+    leaving = _leaving(observed, steps)
     key = platform.service_key(service)
     table = frozen_table(observed, leaving)
     if not refusals:
-        table = route_table(service, key, observed, leaving)
-    situation = Situation(service, observed, bounds, target, active, refusals)
+        table = route_table(service, key, observed, leaving, steps.weights)
+    situation = Situation(service, observed, goal, steps, refusals, back=wanted.back)
     leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
-    replaced = sum(m.target and m.routable for m in members) >= bounds.replicas
+    replaced = situation.serving >= goal.bounds.replicas
+    marks = served(observed.pods, observed)
     actions: list[Action] = [
-        *(ResumePod(name) for name in moves.resume),
-        *(DrainPod(name) for name in moves.drain),
+        *(ResumePod(name) for name in steps.resume),
+        *(DrainPod(name) for name in steps.drain),
+        *(MarkServed(p.name, marks[p.name], p.restarts) for p in observed.pods if p.name in marks),
         *([WriteRoutes(table)] if table is not None and table != observed.table else []),
         *(
             action
             for group in groups
-            if group.name not in moves.resume
+            if group.name not in steps.resume
             for action in leave.deletions(group, replaced=replaced)
         ),
+        *_swaps(service, observed, steps, goal),
         # Last, as a cluster may refuse a pod: nothing else waits for it.
-        *_completions(service, groups, moves, saved),
-        *_creations(service, observed, moves, target, active, saved),
+        *_completions(service, groups, steps, saved),
+        *_creations(service, observed, steps, saved),
     ]
     status = build_status(situation, now)
     if situation.complete:
-        kept = {wanted, target, status.active_revision, status.previous_revision}
+        kept = {wanted.own, goal.target, *situation.revisions_kept}
+        kept |= {wanted.name, status.active_revision, status.previous_revision}
         actions += [ForgetRevision(r.name) for r in observed.revisions if r.name not in kept]
-    return Plan(tuple(actions), status)
+    return Plan(tuple(actions), status, steps.again)
 
 
 def plan_removal(observed: Observed, now: float) -> tuple[Action, ...]:
@@ -183,7 +143,9 @@ def refusals_of(
     service: InferenceService, observed: Observed, platform: Platform
 ) -> tuple[Refusal, ...]:
     """Why the spec cannot be acted on; () where it can."""
+    wanted = wanted_revision(service, observed.revisions, platform)
     return (
+        *_rollback_faults(wanted, observed),
         *(Refusal("NotSupported", sentence) for sentence in unsupported(service.spec, platform)),
         *(
             Refusal("InvalidOverlay", sentence)
@@ -198,6 +160,12 @@ def refusals_of(
             for claim in observed.claims
         ),
     )
+
+
+def _rollback_faults(wanted: Wanted, observed: Observed) -> list[Refusal]:
+    if wanted.unknown is None:
+        return []
+    return [Refusal("NoSuchRevision", unknown_sentence(wanted, observed.revisions))]
 
 
 def _overlay_faults(service: InferenceService, observed: Observed, platform: Platform) -> list[str]:
@@ -216,7 +184,8 @@ def _overlay_faults(service: InferenceService, observed: Observed, platform: Pla
     return faults
 
 
-def _bounds(service: InferenceService, observed: Observed) -> Bounds:
+def bounds_of(service: InferenceService, observed: Observed) -> Bounds:
+    """How many replicas are wanted now, and how far a rollout may stray from that."""
     rollout = service.spec.rollout
     replicas = planned_replicas(service, observed)
     return Bounds(replicas, rollout.max_surge, rollout.max_unavailable)
@@ -230,55 +199,51 @@ def _active(observed: Observed) -> str | None:
     return min(staying, key=lambda pod: (pod.created, pod.name)).revision if staying else None
 
 
-def _member(
-    pod: ObservedPod, observed: Observed, target: str | None, active: str | None, frozen: bool
-) -> Member:
-    return Member(
-        name=pod.name,
-        target=frozen or pod.revision == target,
-        active=pod.revision == active,
-        ready=pod.ready,
-        routable=observed.routable(pod),
-        draining=pod.drain_started is not None,
-        deleting=pod.deleting,
-        in_flight=observed.in_flight(pod),
-        created=pod.created,
-    )
-
-
-def _leaving(observed: Observed, moves: Moves) -> frozenset[str]:
+def _leaving(observed: Observed, steps: Steps) -> frozenset[str]:
     retiring = {pod.name for pod in observed.pods if pod.retiring}
-    return frozenset(retiring | set(moves.drain)) - set(moves.resume)
+    return frozenset(retiring | set(steps.drain)) - set(steps.resume)
 
 
 def _completions(
     service: InferenceService,
     groups: Sequence[Group],
-    moves: Moves,
+    steps: Steps,
     saved: Mapping[str, Revision],
 ) -> Iterator[Action]:
     """The pods that groups still lack of which no pod has run yet."""
     for group in groups:
         revision = saved.get(group.revision)
-        if group.unfinished and revision is not None and group.name not in moves.drain:
+        if group.unfinished and revision is not None and group.name not in steps.drain:
             pods = build_group(service, revision, group.replica)
             yield from (CreatePod(pod) for pod in pods if pod.member in group.missing)
+
+
+def _swaps(
+    service: InferenceService, observed: Observed, steps: Steps, goal: Goal
+) -> Iterator[Action]:
+    """The record before the first call."""
+    revision = goal.saved.get(goal.target or "")
+    called = [pod for pod in observed.pods if pod.name in steps.swap]
+    if revision is None or not called:
+        return
+    if all(known.name != revision.name for known in observed.revisions):
+        yield SaveRevision(revision)
+    for pod in called:
+        if pod.address is not None:
+            yield SwapWeights(pod.name, pod.address, revision, service.spec.rollout.in_flight)
 
 
 def _creations(
     service: InferenceService,
     observed: Observed,
-    moves: Moves,
-    target: str | None,
-    active: str | None,
+    steps: Steps,
     saved: Mapping[str, Revision],
 ) -> Iterator[Action]:
-    """Groups of the active revision that repair it, then of the target; records before pods."""
-    wanted = [active] * moves.repair + [target] * moves.create
+    """New groups, in the order of `steps`; records before pods."""
     known = {revision.name for revision in observed.revisions}
     taken = {pod.name for pod in observed.pods}
-    for name in wanted:
-        revision = saved.get(name) if name is not None else None
+    for name in steps.create:
+        revision = saved.get(name)
         if revision is None:
             continue
         if revision.name not in known:

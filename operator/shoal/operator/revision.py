@@ -72,3 +72,12 @@ def _normal_form(spec: InferenceServiceSpec) -> dict[str, Any]:
         if name in resources:
             resources[name] = f"{parse_quantity(resources[name]).normalize():f}"
     return {key: value for key, value in worker.items() if value != {}}
+
+
+def differing_fields(one: Revision, other: Revision) -> tuple[str, ...]:
+    """What two revisions' workers differ in, as paths; () where only the model's files do."""
+    first, second = _normal_form(one.spec), _normal_form(other.spec)
+    for form in (first, second):
+        form["model"] = {k: v for k, v in form["model"].items() if k not in ("uri", "revision")}
+    fields = sorted(f"spec.{k}" for k in {*first, *second} if first.get(k) != second.get(k))
+    return (*fields, *(["the operator's pod defaults"] if one.pods != other.pods else []))

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from shoal.api.types import (
+    BlueGreenStatus,
     Condition,
     ConditionStatus,
     ConditionType,
@@ -17,8 +18,9 @@ from shoal.api.types import (
     InferenceServiceStatus,
 )
 from shoal.operator.metadata import selector
-from shoal.operator.observe import Observed, ObservedPod, ScalingView
+from shoal.operator.observe import Observed, ObservedPod, ScalingView, TrialView
 from shoal.operator.rollout import Bounds
+from shoal.operator.strategy import Goal, Steps
 
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
 CRASH_LOOP: Final = "CrashLoopBackOff"
@@ -41,14 +43,50 @@ class Situation:
 
     service: InferenceService
     observed: Observed
-    bounds: Bounds
-    target: str | None  # the revision that is being brought about; None: there is none
-    active: str | None  # the revision that served last at full strength
+    goal: Goal
+    steps: Steps
     refusals: Sequence[Refusal]
+    back: bool = False  # an earlier revision than the spec's is wanted
+
+    @property
+    def target(self) -> str | None:
+        """The revision that is being brought about; None: there is none."""
+        return self.goal.target
+
+    @property
+    def bounds(self) -> Bounds:
+        return self.goal.bounds
+
+    @property
+    def revisions_kept(self) -> frozenset[str]:
+        """Revisions whose replicas stay without requests."""
+        return self.steps.kept
+
+    @property
+    def given_up(self) -> bool:
+        """The wanted revision has failed its trial."""
+        trial = self.observed.trial
+        return (
+            trial is not None
+            and trial.course.state is not None
+            and trial.course.state.aborted is not None
+        )
+
+    @property
+    def serving(self) -> int:
+        """Routable replicas of the target revision, or of any where the spec is frozen."""
+        return sum(
+            self.observed.routable(pod) and (self.goal.frozen or pod.revision == self.target)
+            for pod in self.observed.pods
+        )
 
     @property
     def staying(self) -> list[ObservedPod]:
-        return [pod for pod in self.observed.pods if self.observed.stays(pod)]
+        return [
+            pod
+            for pod in self.observed.pods
+            if self.observed.stays(pod) and pod.revision not in self.steps.kept
+        ]
 
     @property
     def ready(self) -> int:
@@ -64,9 +102,14 @@ class Situation:
         observed, staying = self.observed, self.staying
         return (
             self.target is not None
+            and not self.given_up
             and len(staying) == self.bounds.replicas
             and all(observed.routable(pod) for pod in staying)
-            and all(p.revision == self.target for p in observed.pods if not observed.gone(p))
+            and all(
+                p.revision == self.target or p.revision in self.steps.kept
+                for p in observed.pods
+                if not observed.gone(p)
+            )
         )
 
     @property
@@ -84,8 +127,10 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
     observed, generation = situation.observed, situation.service.metadata.generation or 0
     before = observed.status
     active, previous = before.active_revision, before.previous_revision
-    if situation.complete and situation.target != active:
-        active, previous = situation.target, active
+    promoted = situation.steps.promoted or (situation.target if situation.complete else None)
+    blue_green = _blue_green(situation, now)
+    if promoted is not None and promoted != active:
+        active, previous = promoted, active
     return InferenceServiceStatus(
         observed_generation=generation,
         replicas=sum(not pod.deleting for pod in observed.pods),
@@ -95,11 +140,25 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
         url=observed.url,
         active_revision=active,
         previous_revision=previous,
+        canary=observed.trial.status if observed.trial is not None else None,
+        blue_green=blue_green,
+        in_place=situation.steps.in_place,
         autoscaling=observed.scaling.status if observed.scaling is not None else None,
         conditions=tuple(
             _dated(condition, before, generation, now) for condition in _conditions(situation)
         ),
     )
+
+
+def _blue_green(situation: Situation, now: float) -> BlueGreenStatus | None:
+    """What is kept for the way back, since when."""
+    before = situation.observed.status
+    if not situation.steps.kept or situation.observed.trial is not None:
+        return None
+    (kept,) = situation.steps.kept
+    if before.blue_green is not None and before.blue_green.kept == kept:
+        return before.blue_green
+    return BlueGreenStatus(kept=kept, switch_time=datetime.fromtimestamp(int(now), UTC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +170,26 @@ class _Verdict:
 
 
 def _conditions(situation: Situation) -> list[_Verdict]:
-    scaling = situation.observed.scaling
+    scaling, trial = situation.observed.scaling, situation.observed.trial
     return [
         _ready(situation),
         _model_cached(situation),
         _replicas_ready(situation),
         _routable(situation),
         _progressing(situation),
+        *([_canary_healthy(trial)] if trial is not None and trial.status is not None else []),
         *([_scaling_active(scaling)] if scaling is not None else []),
         _degraded(situation),
     ]
+
+
+def _canary_healthy(trial: TrialView) -> _Verdict:
+    status, reason = {
+        True: (TRUE, "NoWorse"),
+        False: (FALSE, "Worse"),
+        None: (UNKNOWN, "NotJudged"),
+    }[trial.healthy]
+    return _Verdict(ConditionType.CANARY_HEALTHY, status, reason, trial.message)
 
 
 def _scaling_active(scaling: ScalingView) -> _Verdict:
@@ -210,14 +279,19 @@ def _progressing(situation: Situation) -> _Verdict:
         return _refused(kind, situation)
     if situation.service.spec.paused:
         return _Verdict(kind, UNKNOWN, "Paused", "spec.paused holds back new revisions")
+    trial = situation.observed.trial
+    if trial is not None and situation.given_up:
+        return _Verdict(kind, FALSE, "CanaryFailed", trial.message)
     if situation.complete:
         wanted = situation.bounds.replicas
-        message = f"revision {target} serves with {wanted} of {wanted} replicas"
+        message = f"revision {target} serves with {wanted} of {wanted} replicas{_asides(situation)}"
         return _Verdict(kind, TRUE, "Complete", message)
     if (rejected := situation.observed.rejected) is not None:
         return _Verdict(kind, FALSE, "PodRejected", rejected)
     if failing := [pod for pod in situation.failing if pod.revision == target]:
         return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
+    if trial is not None:
+        return _Verdict(kind, TRUE, "Canary", trial.message)
     mine = [pod for pod in situation.staying if pod.revision == target]
     routable = sum(map(situation.observed.routable, mine))
     observed = situation.observed
@@ -225,8 +299,21 @@ def _progressing(situation: Situation) -> _Verdict:
     message = f"revision {target}: {routable} of {situation.bounds.replicas} replicas take requests"
     if others:
         message += f"; {others} of other revisions still there"
+    message += _asides(situation)
     rolling = others or target != situation.observed.status.active_revision
     return _Verdict(kind, TRUE, "RollingOut" if rolling else "ReplicasUpdating", message)
+
+
+def _asides(situation: Situation) -> str:
+    """What is out of the ordinary in how the target revision takes over."""
+    said = ""
+    if situation.back:
+        said += "; spec.rollout.rollbackTo asks for it, and taking that out leads forward again"
+    if (refusal := situation.steps.in_place) is not None:
+        said += f"; replica by replica, not in place: {refusal.message}"
+    if situation.steps.kept and situation.observed.trial is None:
+        said += f"; replicas of revision {', '.join(situation.steps.kept)} stay for the way back"
+    return said
 
 
 def _degraded(situation: Situation) -> _Verdict:

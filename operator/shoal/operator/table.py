@@ -1,23 +1,31 @@
 """The route table of a service: which pods routers may use, and how."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from shoal.api.routes import Endpoint, RouteTable
 from shoal.api.scaling import ScaleToZeroSpec
 from shoal.api.types import InferenceService
 from shoal.operator.observe import Observed
 
+WHOLE = 100
+
 
 def route_table(
-    service: InferenceService, key: str, observed: Observed, leaving: frozenset[str]
+    service: InferenceService,
+    key: str,
+    observed: Observed,
+    leaving: frozenset[str],
+    weights: Mapping[str, int] | None = None,
 ) -> RouteTable:
     """The table that should be in force under the service's `key`; pods that are `leaving` are
     marked as draining. Replicas of several pods are known by their leader.
 
     A pod enters when it is ready for the first time and stays until it is gone, so that a
-    router can tell when its last request has ended. Revisions share new requests by the number
-    of their replicas. The generation is the present one if nothing changes, else the next: also
-    after that on which routers act, where the table that they read was lost.
+    router can tell when its last request has ended. Revisions share new requests by `weights`;
+    where those are None, by the number of their replicas. The generation is the present one if
+    nothing changes, else the next: also after that on which routers act, where the table that
+    they read was lost.
     """
     routing = service.spec.routing
     autoscaling = service.spec.autoscaling
@@ -32,18 +40,22 @@ def route_table(
         max_queued=queue.max_queued,
         queue_timeout_seconds=queue.queue_timeout_seconds,
     )
-    return _numbered(_over_pods(table, observed, leaving), observed)
+    return _numbered(_over_pods(table, observed, leaving, weights), observed)
 
 
 def frozen_table(observed: Observed, leaving: frozenset[str]) -> RouteTable | None:
-    """The table in force with its names and policy, over the pods that are there; None if there
-    is none. Names that an older service claims are given up: no name leads to two services."""
+    """The table in force with its names, policy and weights, over the pods that are there; None
+    if there is none. Names that an older service claims are given up: no name leads to two
+    services."""
     if observed.table is None:
         return None
     claimed = {claim.model_id for claim in observed.claims}
     models = tuple(model for model in observed.table.models if model not in claimed)
     table = observed.table.model_copy(update={"models": models})
-    return _numbered(_over_pods(table, observed, leaving), observed)
+    there = {pod.revision for pod in observed.pods if pod.name not in leaving}
+    weights = {name: w for name, w in table.weights.items() if name in there}
+    weights = percents(weights) if any(weights.values()) else None
+    return _numbered(_over_pods(table, observed, leaving, weights), observed)
 
 
 def closed_table(observed: Observed) -> RouteTable | None:
@@ -52,10 +64,26 @@ def closed_table(observed: Observed) -> RouteTable | None:
         return None
     leaving = frozenset(pod.name for pod in observed.pods)
     table = observed.table.model_copy(update={"models": ()})
-    return _numbered(_over_pods(table, observed, leaving), observed)
+    return _numbered(_over_pods(table, observed, leaving, None), observed)
 
 
-def _over_pods(table: RouteTable, observed: Observed, leaving: frozenset[str]) -> RouteTable:
+def percents(shares: Mapping[str, int]) -> dict[str, int]:
+    """The shares as whole percents that add up to 100, by the largest remainders; {} of nothing."""
+    total = sum(shares.values())
+    if not total:
+        return {}
+    exact = {name: divmod(share * WHOLE, total) for name, share in sorted(shares.items())}
+    spare = WHOLE - sum(whole for whole, _ in exact.values())
+    gifts = sorted(exact, key=lambda name: -exact[name][1])[:spare]
+    return {name: whole + (name in gifts) for name, (whole, _) in exact.items()}
+
+
+def _over_pods(
+    table: RouteTable,
+    observed: Observed,
+    leaving: frozenset[str],
+    weights: Mapping[str, int] | None,
+) -> RouteTable:
     known = {e.name: e.address for e in observed.table.endpoints} if observed.table else {}
     endpoints = []
     for pod in sorted(observed.pods, key=lambda pod: pod.name):
@@ -71,9 +99,10 @@ def _over_pods(table: RouteTable, observed: Observed, leaving: frozenset[str]) -
                     draining=pod.name in leaving,
                 )
             )
-    shares = Counter(e.revision for e in endpoints if not e.draining)
-    weights = dict(sorted(shares.items()))
-    return table.model_copy(update={"endpoints": tuple(endpoints), "weights": weights})
+    if weights is None:
+        weights = percents(Counter(e.revision for e in endpoints if not e.draining))
+    update = {"endpoints": tuple(endpoints), "weights": dict(sorted(weights.items()))}
+    return table.model_copy(update=update)
 
 
 def _numbered(table: RouteTable, observed: Observed) -> RouteTable:

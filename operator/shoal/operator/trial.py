@@ -23,10 +23,10 @@ from shoal.operator.analysis import Analysis, Look, Verdict, look
 from shoal.operator.analysis_counts import Tally
 from shoal.operator.analysis_evidence import Evidence
 from shoal.operator.canary import CanaryState, Course, Situation, advance, describe
-from shoal.operator.canary_moves import Replica
 from shoal.operator.groups import groups_of
 from shoal.operator.observe import Observed
 from shoal.operator.rollout import Bounds
+from shoal.operator.strategy import replicas_of
 
 _FRESH: Final = Analysis()
 
@@ -68,6 +68,7 @@ def attend(
     `answers` holds what routers said lately about the service, `wanted` is the spec's revision.
     `state` None: the process has just begun to look.
     """
+    observed = replace(observed, pods=tuple(g.as_replica() for g in groups_of(observed.pods)))
     spec, active = service.spec.rollout.canary, observed.status.active_revision
     shown = observed.status.canary
     if spec is None or active is None or active == wanted:
@@ -104,29 +105,6 @@ def attend(
         _healthy(course.state, state),
         describe(spec, course.state),
     )
-
-
-def replicas_of(observed: Observed, weights: Mapping[str, int] | None) -> list[Replica]:
-    """The service's replicas for `canary_moves`. `serving` are those that are routable and whose
-    revision has a weight; `weights` None: every revision has one."""
-    replicas = []
-    for pod in (group.as_replica() for group in groups_of(observed.pods)):
-        if observed.gone(pod):
-            continue
-        weighted = weights is None or weights.get(pod.revision, 0) > 0
-        replicas.append(
-            Replica(
-                name=pod.name,
-                revision=pod.revision,
-                ready=pod.ready,
-                serving=weighted and observed.routable(pod),
-                draining=pod.drain_started is not None,
-                deleting=pod.deleting,
-                in_flight=observed.in_flight(pod),
-                created=pod.created,
-            )
-        )
-    return replicas
 
 
 def _looked(

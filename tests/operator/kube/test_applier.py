@@ -8,6 +8,7 @@ from itertools import count
 from typing import Any
 
 from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, LABEL_SERVICE, MANAGER
+from shoal.operator.actions import DrainPod, ResumePod
 from shoal.operator.kube.access import Access, Token
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import ServiceBook
@@ -15,7 +16,6 @@ from shoal.operator.kube.client import Api
 from shoal.operator.kube.feed import Feed
 from shoal.operator.kube.kinds import PODS
 from shoal.operator.kube.world import World
-from shoal.operator.plan import DrainPod, ResumePod
 from tests.operator.conftest import make_service
 from tests.operator.kube.fake_api import FakeApi, serving
 

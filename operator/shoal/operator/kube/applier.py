@@ -13,6 +13,17 @@ from typing import Any, Final, NoReturn
 
 from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, MANAGER
 from shoal.api.types import InferenceService
+from shoal.operator.actions import (
+    Action,
+    CreatePod,
+    DeletePod,
+    DrainPod,
+    ForgetRevision,
+    RemoveRoutes,
+    ResumePod,
+    SaveRevision,
+    WriteRoutes,
+)
 from shoal.operator.children import (
     controller_revision,
     group_token_secret,
@@ -42,17 +53,6 @@ from shoal.operator.metadata import (
     group_token_name,
     metadata,
     routes_name,
-)
-from shoal.operator.plan import (
-    Action,
-    CreatePod,
-    DeletePod,
-    DrainPod,
-    ForgetRevision,
-    RemoveRoutes,
-    ResumePod,
-    SaveRevision,
-    WriteRoutes,
 )
 from shoal.operator.podstate import drain_started
 

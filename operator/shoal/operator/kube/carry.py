@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from shoal.api.types import InferenceService
+from shoal.operator.actions import Action
 from shoal.operator.kube.applier import Applier, Json, NotYet, Refused
 from shoal.operator.kube.errors import ApiError
-from shoal.operator.plan import Action
 
 log: Final = logging.getLogger(__name__)
 

@@ -13,11 +13,7 @@ from shoal.api.types import (
     InferenceService,
     InferenceServiceStatus,
 )
-from shoal.operator.local.pods import Pods
-from shoal.operator.local.settings import Update
-from shoal.operator.local.store import Store
-from shoal.operator.observe import Claim, Observed, RouterView, ScalingView
-from shoal.operator.plan import (
+from shoal.operator.actions import (
     Action,
     CreatePod,
     DeletePod,
@@ -27,9 +23,12 @@ from shoal.operator.plan import (
     ResumePod,
     SaveRevision,
     WriteRoutes,
-    plan,
-    plan_removal,
 )
+from shoal.operator.local.pods import Pods
+from shoal.operator.local.settings import Update
+from shoal.operator.local.store import Store
+from shoal.operator.observe import Claim, Observed, RouterView, ScalingView
+from shoal.operator.plan import plan, plan_removal
 from shoal.operator.platform import LOCAL
 from shoal.operator.revision import Revision
 from shoal.operator.scaler import Scalers

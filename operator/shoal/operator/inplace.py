@@ -1,0 +1,97 @@
+"""New weights in replicas that run: which of them, and when that is not to be. Pure.
+
+Only the model's files may differ between the two revisions; what else a worker is made of needs a
+new process. An engine that holds other shapes refuses, in a sentence that the status keeps, and the
+rollout goes on replica by replica. As many replicas swap at once as a rolling update would replace.
+
+A replica that was swapped is marked with the revision that it serves and with the restarts of its
+container, as a process that starts anew serves what it was made of. A call that was made before the
+mark was written is made again: an engine that serves the revision already says so at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shoal.api.types import InPlaceStatus
+from shoal.operator.observe import Observed, ObservedPod, SwapState
+from shoal.operator.revision import Revision, differing_fields
+from shoal.operator.rollout import Bounds
+
+
+@dataclass(frozen=True, slots=True)
+class NextSwaps:
+    """What is to be swapped."""
+
+    pods: frozenset[str] = frozenset()  # replicas that stay, to serve the new revision
+    now: tuple[str, ...] = ()  # of these, whose engines are to be called
+    refusal: InPlaceStatus | None = None  # why none is
+
+
+def next_swaps(
+    observed: Observed,
+    bounds: Bounds,
+    target: str,
+    active: str,
+    saved: Mapping[str, Revision],
+) -> NextSwaps:
+    """The replicas to swap to revision `target`; `saved` are the revisions that are known."""
+    refusal = _refusal(observed, target, active, saved)
+    if refusal is not None:
+        return NextSwaps(refusal=refusal)
+    pods = [
+        pod
+        for pod in observed.pods
+        if pod.revision != target
+        and pod.ready
+        and observed.stays(pod)
+        and _fits(pod, target, saved)
+    ]
+    calls = {pod.name: observed.swaps.get(pod.name) for pod in pods}
+    busy = sum(
+        call is not None and call.state in (SwapState.RUNNING, SwapState.DONE)
+        for call in calls.values()
+    )
+    free = [
+        pod.name
+        for pod in sorted(pods, key=lambda pod: (observed.in_flight(pod), pod.name))
+        if (call := calls[pod.name]) is None or call.revision != target
+        if call is None or call.state is SwapState.REFUSED
+    ]
+    width = max(1, bounds.surge + bounds.unavailable) - busy
+    return NextSwaps(frozenset(calls), tuple(free[: max(0, width)]))
+
+
+def served(pods: tuple[ObservedPod, ...], observed: Observed) -> dict[str, str]:
+    """Replicas whose engines say that they serve another revision than is written, with it."""
+    return {
+        pod.name: call.revision
+        for pod in pods
+        if (call := observed.swaps.get(pod.name)) is not None
+        and call.state is SwapState.DONE
+        and call.revision != pod.revision
+    }
+
+
+def _refusal(
+    observed: Observed, target: str, active: str, saved: Mapping[str, Revision]
+) -> InPlaceStatus | None:
+    known = observed.status.in_place
+    if known is not None and known.revision == target:
+        return known
+    if target == active:
+        return None
+    for call in observed.swaps.values():
+        if call.state is SwapState.REFUSED and call.revision == target:
+            return InPlaceStatus(revision=target, message=call.message)
+    before, after = saved.get(active), saved.get(target)
+    if before is None or after is None:
+        return None
+    if fields := differing_fields(before, after):
+        message = f"only the model's files may differ, and {', '.join(fields)} does too"
+        return InPlaceStatus(revision=target, message=message)
+    return None
+
+
+def _fits(pod: ObservedPod, target: str, saved: Mapping[str, Revision]) -> bool:
+    before, after = saved.get(pod.revision), saved.get(target)
+    return before is not None and after is not None and not differing_fields(before, after)
