@@ -163,6 +163,9 @@ def test_what_must_be_the_same_is_compared() -> None:
 def test_the_driver_waits_for_a_rank_that_never_comes_only_so_long() -> None:
     """Without a first word the group ends, and the sentence says who is missing."""
     group = Group(Patience(join=0.3))
+    time.sleep(0.6)
+    assert group.watch.loss is None  # nobody was launched yet
+    group.watch.launched()
     group.watch.wait_joined()
     assert str(group.watch.loss) == ("rank 0 is lost while joining: it did not join within 0.3 s")
     group.watch.close()
@@ -177,7 +180,7 @@ words = st.tuples(
 def test_nobody_who_speaks_in_time_is_lost(said: list[tuple[int, float, str]], wait: float) -> None:
     """A loss is the silence of the rank that was silent first, and it is final."""
     patience = Patience()
-    now, vitals = 0.0, Vitals.of(3, 0.0)
+    now, vitals = 0.0, Vitals.of(3).launched(0.0)
     for rank, pause, phase in said:
         now += pause
         vitals = vitals.judged(now, patience)

@@ -2,15 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
 
 from shoal.api import names
 
-ENGINE_RANKS: Final = 1  # over how many processes the engine of this release computes
-
 
 class BadGroup(Exception):
-    """The environment contradicts itself, or asks for what the engine cannot do."""
+    """The environment contradicts itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +19,16 @@ class Group:
     leader: str  # its DNS name
     tensor: int
     pipeline: int
+    gpus: int  # of each pod
 
     @property
     def ranks(self) -> int:
         return self.tensor * self.pipeline
+
+    @property
+    def own_ranks(self) -> int:
+        """Ranks that this pod takes: one a GPU, or one on its processors."""
+        return max(1, self.gpus)
 
 
 def read_group(environ: Mapping[str, str], role: str) -> Group:
@@ -36,6 +39,7 @@ def read_group(environ: Mapping[str, str], role: str) -> Group:
         leader=environ.get(names.ENV_LEADER_ADDRESS, ""),
         tensor=_number(environ, names.ENV_TENSOR_PARALLEL, 1),
         pipeline=_number(environ, names.ENV_PIPELINE_PARALLEL, 1),
+        gpus=_number(environ, names.ENV_GPUS_PER_NODE, 0),
     )
     if group.member >= group.size:
         raise BadGroup(
@@ -46,11 +50,11 @@ def read_group(environ: Mapping[str, str], role: str) -> Group:
         raise BadGroup(f"member {group.member} cannot be the {role}: member 0 leads, others follow")
     if role == names.ROLE_FOLLOWER and not group.leader:
         raise BadGroup(f"a follower needs {names.ENV_LEADER_ADDRESS}, the leader's DNS name")
-    if group.ranks > ENGINE_RANKS:
+    if group.size > group.ranks:
         raise BadGroup(
-            f"spec.parallelism asks for {group.ranks} ranks (tensor {group.tensor} x pipeline "
-            f"{group.pipeline}), but the engine of this release computes with {ENGINE_RANKS}: "
-            "set tensor and pipeline to 1"
+            f"{names.ENV_GROUP_SIZE}={group.size} pods are more than the {group.ranks} ranks of "
+            f"{names.ENV_TENSOR_PARALLEL}={group.tensor} x "
+            f"{names.ENV_PIPELINE_PARALLEL}={group.pipeline}"
         )
     return group
 

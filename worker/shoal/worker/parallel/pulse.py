@@ -158,7 +158,7 @@ class Watch:
         self._patience = patience or Patience()
         self._on_progress = on_progress
         self._clock = clock
-        self._vitals = Vitals.of(world, clock())
+        self._vitals = Vitals.of(world)
         self._hellos: dict[int, Hello] = {}
         self._changed = threading.Condition()
         self._over = threading.Event()
@@ -187,9 +187,14 @@ class Watch:
         """Of the ranks that have joined."""
         return dict(self._hellos)
 
+    def launched(self) -> None:
+        """All ranks run: from now on the patience for their first word counts."""
+        now = self._clock()
+        self._update(lambda vitals: vitals.launched(now))
+
     def wait_joined(self) -> Mapping[int, Hello]:
         """Returns once all ranks have said their first word, or one of the group is lost: look
-        at `loss`. The patience bounds it."""
+        at `loss`. From `launched` on the patience bounds it."""
         with self._changed:
             self._changed.wait_for(lambda: self._vitals.joined or self._vitals.loss is not None)
             return dict(self._hellos)

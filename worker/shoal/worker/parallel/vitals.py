@@ -7,6 +7,7 @@ The first rank that is lost is the group's end: the others cannot go on without 
 errors, which follow at once, are of no interest any more.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
@@ -46,7 +47,7 @@ class Rank:
     rank: int
     host: str  # "" before it joined
     phase: str
-    heard: float  # when it last said something; for one that has not joined, when that began
+    heard: float  # when it last said something; before its first word, when it was launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,14 @@ class Vitals:
     loss: Loss | None = None
 
     @staticmethod
-    def of(world: int, now: float) -> "Vitals":
-        return Vitals({rank: Rank(rank, "", WAITING, now) for rank in range(world)})
+    def of(world: int) -> "Vitals":
+        """Ranks that are yet to be launched: nobody is late."""
+        return Vitals({rank: Rank(rank, "", WAITING, math.inf) for rank in range(world)})
+
+    def launched(self, now: float) -> "Vitals":
+        """Ranks that have not joined are waited for from now on."""
+        waiting = {r.rank: replace(r, heard=now) for r in self.ranks.values() if r.phase == WAITING}
+        return replace(self, ranks={**self.ranks, **waiting})
 
     @property
     def joined(self) -> bool:
