@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shoal.kernels.flat import FlatBatch
+from shoal.kernels.flat import FlatBatch, Ints
 from shoal.kernels.paged import CacheShape, flat_order
 from shoal.kernels.quant import GROUP, quantize_int8
 from shoal.worker.config import EngineConfig
@@ -23,7 +23,7 @@ from shoal.worker.model.precision import Precision, choose_precision
 from shoal.worker.model.spec import DecoderSpec
 from shoal.worker.request import SamplingParams
 from shoal.worker.sampler import Sampler, logprob_entries
-from shoal.worker.step import PromptLogprobs, Row, SlotInit, StepPlan, StepResult
+from shoal.worker.step import PromptLogprobs, Row, Sampled, SlotInit, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,18 @@ class InProcessExecutor(SerialExecutor):
         if (seconds := clock() - started) > 0:
             self.warm_up_rate = num_tokens / seconds
         self.execute(StepPlan(1, (), (), (Row(0, num_tokens, 1, sample=True),)))
+
+    def backend(self, number: int) -> Backend:
+        """The one that computes with a set of weights."""
+        return self._backends[number]
+
+    def adopt(self, number: int, backend: Backend) -> None:
+        """Slots may run on this sibling's weights from now on. Any thread may call it."""
+        self._backends[number] = backend
+
+    def drop(self, number: int) -> None:
+        """Lets a set of weights go that no slot runs on. One stays: it holds the caches too."""
+        del self._backends[number]
 
     def close(self) -> None:
         backends, self._backends = self._backends, {}
@@ -158,11 +170,18 @@ class InProcessExecutor(SerialExecutor):
         sampling = np.flatnonzero([row.sample for row in rows])
         if not len(sampling):
             return StepResult((), tuple(part for part in prompts if part.entries))
-        slots, lengths = slots[sampling], (starts + counts)[sampling]
-        logits = backend.logits(hidden[torch.from_numpy(sampling)])
+        ends = hidden[torch.from_numpy(sampling)]
+        sampled = self._sample(ends, slots[sampling], (starts + counts)[sampling], backend)
+        return StepResult(tuple(sampled), tuple(part for part in prompts if part.entries))
+
+    def _sample(
+        self, hidden: torch.Tensor, slots: Ints, lengths: Ints, backend: Backend
+    ) -> list[Sampled]:
+        """Draws a token for each of these slots and notes it; `lengths`: the tokens they have."""
+        logits = backend.logits(hidden)
         sampled = self._sampler.sample(logits, slots, lengths, self._tokens)
         self._tokens[slots, lengths] = [result.token_id for result in sampled]
-        return StepResult(tuple(sampled), tuple(part for part in prompts if part.entries))
+        return sampled
 
     def _note_overflow(self, hidden: torch.Tensor, slots: np.ndarray) -> None:
         """Remembers the blocks of sequences whose newest hidden state is not finite."""
@@ -233,7 +252,7 @@ def create_executor(
     else:
         decoder, times = load_decoder(checkpoint, precision, clock, quantize)
         shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
-        backend = TorchBackend(decoder, shape, max_model_len)
+        backend = TorchBackend(decoder, shape, max_model_len, quantize)
     progress("load", clock() - started - times.pack)
     progress("pack", times.pack)
     started = clock()
