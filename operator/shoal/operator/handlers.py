@@ -1,4 +1,4 @@
-"""kopf: the process, the login, and the streams of watch events. Nothing is decided here.
+"""kopf: the process, the login, and the watches of services and nodes. Nothing is decided here.
 
 Each event is handed to a sink that only takes note of it. Handlers of single edges, finalizers,
 annotations and peering are not used: the operator is driven by levels (see `kube.reconcile`).
@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 import kopf
 
 from shoal.operator.kube.access import Access
-from shoal.operator.kube.kinds import NODES, WATCHED, Kind
+from shoal.operator.kube.kinds import INFERENCE_SERVICES, NODES, Kind
 
 log: Final = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def watch(
     """
     registry = kopf.OperatorRegistry()
     _login(registry, access)
-    for kind in (*WATCHED, *(() if namespaces else (NODES,))):
+    for kind in (INFERENCE_SERVICES, *(() if namespaces else (NODES,))):
         _subscribe(registry, kind, sink, listed)
     await kopf.operator(
         registry=registry,
@@ -127,10 +127,6 @@ def _settings() -> kopf.OperatorSettings:
     # Nothing of kopf's is kept in objects, so nothing need be read or compared.
     settings.persistence.diffbase_storage = _NoDiffs()
     settings.persistence.progress_storage = kopf.StatusProgressStorage(name="unused")
-    for kind in WATCHED:
-        if kind.selector is not None:
-            where = (kind.group, kind.version, kind.plural)
-            settings.watching.label_selectors[where] = kind.selector
     return settings
 
 

@@ -295,6 +295,8 @@ class FakeApi:
                         await response.write(line.encode())
                 at = len(self._history)
                 await more.wait()
+        except ConnectionResetError:
+            return response  # whoever watched is gone
         finally:
             self._watches.discard(task)
 

@@ -44,13 +44,13 @@ def start(api: FakeApi, settings: OperatorSettings) -> asyncio.Task[int]:
 
 
 async def _watch(api: FakeApi, feed: Feed) -> None:
-    """What the real streams do, less their connection."""
+    """What kopf's streams do, less their connection."""
     async for kind, what, live in api.stream():
         if kind is NODES:
             feed.saw_node(live)
-        elif what == "DELETED":
+        elif kind is INFERENCE_SERVICES and what == "DELETED":
             feed.lost(kind, live)
-        else:
+        elif kind is INFERENCE_SERVICES:
             feed.saw(kind, live)
 
 

@@ -6,6 +6,7 @@ does not write.
 """
 
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final, Self
 
 import aiohttp
@@ -20,6 +21,7 @@ CALL_SECONDS: Final = 10.0
 PAGE: Final = 100  # objects: many small answers leave less behind than one large
 _METADATA_PAGE: Final = 250
 _CONNECTIONS: Final = 32
+_DEAF: Final = 90.0  # seconds
 _WRITES: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _METADATA_LIST: Final = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 _APPLY: Final = {"fieldManager": MANAGER, "force": "true"}
@@ -47,17 +49,24 @@ class Api:
         self._may_write = may_write
         self._count = count
         self._session: aiohttp.ClientSession | None = None
+        self._streams: aiohttp.ClientSession | None = None  # one connection a watch
 
     async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(
-            limit=_CONNECTIONS, ssl=self._access.ssl_context(), keepalive_timeout=60
-        )
-        self._session = aiohttp.ClientSession(connector=connector)
+        self._session = self._connect(_CONNECTIONS)
+        self._streams = self._connect(0)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, self._streams):
+            if session is not None:
+                await session.close()
+
+    def _connect(self, connections: int) -> aiohttp.ClientSession:
+        """For so many connections at the same time; 0: any number."""
+        connector = aiohttp.TCPConnector(
+            limit=connections, ssl=self._access.ssl_context(), keepalive_timeout=60
+        )
+        return aiohttp.ClientSession(connector=connector)
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Json:
         return await self._json("GET", kind.path(namespace, name))
@@ -109,6 +118,33 @@ class Api:
             if not meta.get("continue"):
                 return
             query["continue"] = meta["continue"]
+
+    async def watch(
+        self, kind: Kind, namespace: str | None, version: int, seconds: float
+    ) -> AsyncIterator[Json]:
+        """What happens after `version` to objects of a kind that match its selector, as events of
+        the API server, bookmarks among them; ends after about `seconds`, or where the connection
+        does."""
+        query = {
+            "watch": "1",
+            "resourceVersion": str(version),
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(round(seconds)),
+        }
+        if kind.selector is not None:
+            query["labelSelector"] = kind.selector
+        # Without even a bookmark for so long, the connection counts as dead.
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=CALL_SECONDS, sock_read=_DEAF)
+        path = kind.path(namespace)
+        rest = b""
+        try:
+            async with self._open(self._streams, "GET", path, None, query, {}, limits) as response:
+                async for piece in response.content.iter_any():
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for line in lines:
+                        yield orjson.loads(line)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unreachable("GET", path, error) from None
 
     async def create(self, kind: Kind, document: Mapping[str, Any]) -> Json:
         """Makes an object; an unknown field is an error, not dropped."""
@@ -196,35 +232,59 @@ class Api:
         *,
         guarded: bool,
     ) -> bytes:
-        assert self._session is not None, "the client was not entered"
         if guarded and method in _WRITES and not self._may_write():
             raise NotLeading
+        limits = aiohttp.ClientTimeout(total=within)
+        try:
+            async with self._open(
+                self._session, method, path, body, query, headers, limits
+            ) as response:
+                return await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _unreachable(method, path, error) from None
+
+    @asynccontextmanager
+    async def _open(
+        self,
+        session: aiohttp.ClientSession | None,
+        method: str,
+        path: str,
+        body: bytes | None,
+        query: Mapping[str, str],
+        headers: dict[str, str],
+        limits: aiohttp.ClientTimeout,
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A successful answer, its body to be read; ApiError for any other."""
+        assert session is not None, "the client was not entered"
         code = 0
         try:
             for attempt in range(2):
                 # A token that was just replaced on disk is refused once, under its old value.
                 if token := self._access.token.value(fresh=attempt > 0):
                     headers["Authorization"] = f"Bearer {token}"
-                async with self._session.request(
+                async with session.request(
                     method,
                     self._access.server + path,
                     data=body,
                     params=query,
                     headers=headers,
-                    timeout=aiohttp.ClientTimeout(total=within),
+                    timeout=limits,
                 ) as response:
                     code = response.status
-                    answer = await response.read()
                     if code < 300:
-                        return answer
+                        yield response
+                        return
+                    answer = await response.read()
                     if code != 401 or attempt > 0:
                         raise _error(code, answer, response.headers.get("Retry-After"))
             raise AssertionError("the second attempt returns or raises")
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            said = str(error) or type(error).__name__
-            raise ApiError(0, "Unreachable", f"{method} {path}: {said}") from None
         finally:
             self._count(method, code)
+
+
+def _unreachable(method: str, path: str, error: Exception) -> ApiError:
+    said = str(error) or type(error).__name__
+    return ApiError(0, "Unreachable", f"{method} {path}: {said}")
 
 
 def _error(code: int, body: bytes, retry_after: str | None) -> ApiError:

@@ -55,8 +55,10 @@ NODES: Final = Kind("v1", "Node", "nodes", selector=None, namespaced=False)
 EVENTS: Final = Kind("v1", "Event", "events", selector=None)
 LEASES: Final = Kind("coordination.k8s.io/v1", "Lease", "leases", selector=None)
 
-# Kept in memory by watches: what has to be noticed at once when somebody touches it.
-WATCHED: Final = (INFERENCE_SERVICES, PODS, SERVICES, CONFIG_MAPS)
+# What has to be noticed at once when somebody touches it, by watches of the operator's own.
+STREAMED: Final = (PODS, SERVICES, CONFIG_MAPS)
+# Kept in memory by watches: services by kopf's.
+WATCHED: Final = (INFERENCE_SERVICES, *STREAMED)
 # Kept in memory by the list of every minute: the cluster counts on budgets all the time, and
 # nobody but the operator reads records. Secrets are not kept: only their pods read a token.
 LISTED: Final = (*WATCHED, CONTROLLER_REVISIONS, DISRUPTION_BUDGETS)

@@ -31,6 +31,7 @@ from shoal.operator.kube.kinds import (
     INFERENCE_SERVICES,
     POD_MONITORS,
     SCALED_OBJECTS,
+    STREAMED,
     Kind,
 )
 from shoal.operator.kube.lease import Leadership
@@ -41,6 +42,7 @@ from shoal.operator.kube.reconcile import Reconciler, Surroundings
 from shoal.operator.kube.relist import ListKeeper, Relister
 from shoal.operator.kube.routers import RouterFleet
 from shoal.operator.kube.settings import OperatorSettings
+from shoal.operator.kube.streams import Streams
 from shoal.operator.kube.web import serve_metrics, serve_probes
 from shoal.operator.kube.workers import Workers
 from shoal.operator.kube.workqueue import Pace, WorkQueue
@@ -142,6 +144,15 @@ class _Operator:
             self.api, self._world, settings.namespaces, self._feed, _optional(settings)
         )
         self._lists = ListKeeper(self._relister, time.monotonic)
+        self._streams = Streams(
+            self.api,
+            self._feed,
+            STREAMED,
+            settings.namespaces,
+            listed=self._relister.version,
+            list_again=self._lists.fresh,
+            jitter=random.Random().random,
+        )
         self._events = EventPoster(self.api, identity, time.time)
         self._progress = FetchProgress(self.api, self._wake)
         self._fleet = RouterFleet(
@@ -209,11 +220,12 @@ class _Operator:
         watches = asyncio.create_task(
             watch(self._feed, self._lists.request, stop_watching, self._watching), name="watches"
         )
+        streams = asyncio.create_task(self._stream(), name="streams")
         signals = asyncio.create_task(self._take_signals_back(stop), name="signals")
         asked = asyncio.create_task(stop.wait(), name="stop")
         try:
             done, _ = await asyncio.wait(
-                [leading, lists, watches, asked], return_when=asyncio.FIRST_COMPLETED
+                [leading, lists, watches, streams, asked], return_when=asyncio.FIRST_COMPLETED
             )
             if asked in done:
                 return 0
@@ -226,9 +238,13 @@ class _Operator:
             stop.set()
             await asyncio.wait([leading], timeout=_RELEASE_SECONDS)
             stop_watching.set()
-            for task in (leading, lists, signals, asked, watches):
+            for task in (leading, lists, streams, signals, asked, watches):
                 task.cancel()
-            await asyncio.wait([lists, watches], timeout=_CLOSE_SECONDS)
+            await asyncio.wait([lists, streams, watches], timeout=_CLOSE_SECONDS)
+
+    async def _stream(self) -> None:
+        await self._lists.first()
+        await self._streams.run()
 
     async def _take_signals_back(self, stop: asyncio.Event) -> None:
         """The watches' framework takes the signals when it starts."""

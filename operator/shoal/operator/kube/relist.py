@@ -1,4 +1,5 @@
-"""Lists that find what watches lose: a watch that begins anew does not tell what was deleted.
+"""Lists that find what watches lose: one of kopf's that begins anew does not tell what was
+deleted, and where the operator's own (`streams`) begin.
 
 A list of metadata alone is cheap for both sides; objects of which it shows a newer version are
 read one by one, or all at once where they are many, as in the beginning.
@@ -14,7 +15,7 @@ from typing import Final
 from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.feed import Feed
-from shoal.operator.kube.kinds import LISTED, NODES, Kind
+from shoal.operator.kube.kinds import LISTED, NODES, STREAMED, Kind
 from shoal.operator.kube.world import Key, Objects, World, version_number, version_of
 
 log: Final = logging.getLogger(__name__)
@@ -46,16 +47,25 @@ class Relister:
         self._feed = feed
         self._optional = tuple(optional)
         self._known: frozenset[Kind] = frozenset()
+        self._versions: dict[tuple[Kind, str | None], int] = {}
 
     def knows(self, kind: Kind) -> bool:
         """Whether the cluster knew an optional kind at the last list."""
         return kind in self._known
 
-    async def run_once(self) -> None:
-        """Lists every kind once. ApiError where the API server does not answer."""
+    def version(self, kind: Kind, scope: str | None) -> int:
+        """The version of the last list of a kind in a namespace; None is the whole cluster."""
+        return self._versions[kind, scope]
+
+    async def run_once(self, *, streamed: bool = True) -> None:
+        """Lists every kind once. ApiError where the API server does not answer.
+
+        Kinds that the operator's own watches tell everything about are listed where `streamed`.
+        """
         # One kind after the other: all at once need several times the memory.
         for kind in LISTED:
-            await self._relist(kind)
+            if streamed or kind not in STREAMED:
+                await self._relist(kind)
         if self._scopes == (None,):
             await self._relist_nodes()
         self._known = frozenset(
@@ -77,9 +87,11 @@ class Relister:
         objects = self._world[kind]
         for scope in self._scopes:
             if not len(objects):
-                objects.forget_deaths(await self._read_all(objects, scope))
+                version = await self._read_all(objects, scope)
             else:
-                await self._compare(objects, scope)
+                version = await self._compare(objects, scope)
+            objects.forget_deaths(version)
+            self._versions[objects.kind, scope] = version
 
     async def _read_all(self, objects: Objects, scope: str | None) -> int:
         """Reads every object; returns the version of the list."""
@@ -90,7 +102,8 @@ class Relister:
                 self._feed.saw(objects.kind, live)
         return version
 
-    async def _compare(self, objects: Objects, scope: str | None) -> None:
+    async def _compare(self, objects: Objects, scope: str | None) -> int:
+        """Finds what is missing and what is newer; returns the version of the list."""
         listed: dict[Key, int] = {}
         version = 0
         pages = self._api.pages(objects.kind, scope, metadata_only=True)
@@ -108,7 +121,7 @@ class Relister:
         else:
             for key in outdated:
                 await self._read_one(objects, key)
-        objects.forget_deaths(version)
+        return version
 
     async def _read_one(self, objects: Objects, key: Key) -> None:
         try:
@@ -129,13 +142,14 @@ class Relister:
 
 
 class ListKeeper:
-    """Lists at the start, every minute, and soon after a stream began anew."""
+    """Lists everything at the start and when asked to, and every minute, and soon after kopf's
+    stream began anew, what the operator does not watch itself."""
 
     def __init__(self, relister: Relister, clock: Callable[[], float]) -> None:
         self._relister = relister
         self._clock = clock
         self._first: float | None = None  # when the first list was in
-        self._began = float("-inf")  # when the last one that was completed did
+        self._began = float("-inf")  # when the last one of everything that was completed did
         self._wanted = asyncio.Event()
         self._urgent = asyncio.Event()
         self._done = asyncio.Event()
@@ -170,11 +184,13 @@ class ListKeeper:
 
     async def run(self) -> None:
         while True:
+            everything = self._first is None or self._urgent.is_set()
             self._wanted.clear()
             self._urgent.clear()
             began = self._clock()
-            await self._until_done()
-            self._began = began
+            await self._until_done(everything)
+            if everything:
+                self._began = began
             if self._first is None:
                 self._first = self._clock()
                 # What is here now lives long; the collector need not walk it again and again.
@@ -185,10 +201,10 @@ class ListKeeper:
                 await asyncio.wait_for(self._wanted.wait(), _EVERY_SECONDS)
                 await asyncio.wait_for(self._urgent.wait(), _SOON_SECONDS)
 
-    async def _until_done(self) -> None:
+    async def _until_done(self, everything: bool) -> None:
         while True:
             try:
-                await self._relister.run_once()
+                await self._relister.run_once(streamed=everything)
                 return
             except ApiError as error:
                 log.warning("objects cannot be listed: %s", error)
