@@ -1,0 +1,70 @@
+"""Ranks as processes of this machine, without any cluster."""
+
+import os
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Final
+
+from shoal.api.names import ENV_LIFELINE
+
+_STOP_SECONDS: Final = 1.0
+
+
+class LocalLauncher:
+    """Implements `shoal.worker.parallel.driver.Launcher`. Ranks hold this process's lifeline: they
+    end when it does, in whatever way."""
+
+    host = "127.0.0.1"
+
+    def __init__(
+        self, world: int, log_format: str = "text", environ: Mapping[str, str] = os.environ
+    ) -> None:
+        self._world = world
+        self._log_format = log_format
+        self._environ = {**environ, ENV_LIFELINE: "stdin"}
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """By rank."""
+        return [process.pid for process in self._processes]
+
+    def start(self, invitation: bytes) -> None:
+        line = b64encode(invitation) + b"\n"
+        for rank in range(self._world):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "shoal.worker.parallel", str(rank), self._log_format],
+                stdin=subprocess.PIPE,
+                env=self._environ,
+                start_new_session=True,  # a terminal's Ctrl-C is the driver's to answer
+            )
+            self._processes.append(process)
+            assert process.stdin is not None
+            # One that ended already shows in `failure`.
+            with suppress(OSError):
+                process.stdin.write(line)
+                process.stdin.flush()
+
+    def failure(self) -> str | None:
+        for rank, process in enumerate(self._processes):
+            if (code := process.poll()) is not None:
+                how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                return f"rank {rank} on this machine ended with {how}"
+        return None
+
+    def stop(self) -> None:
+        for process in self._processes:
+            assert process.stdin is not None
+            with suppress(OSError):
+                process.stdin.close()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
