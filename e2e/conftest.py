@@ -16,6 +16,8 @@ import httpx
 import psutil
 import pytest
 
+from e2e.cluster.command import attached
+
 MANIFEST = """\
 apiVersion: serving.shoal.dev/v1alpha1
 kind: InferenceService
@@ -71,8 +73,8 @@ class Platform:
         self.state.mkdir(parents=True, exist_ok=True)
         with (self.state / "up.log").open("wb") as log:
             self.process = subprocess.Popen(
-                self.command(
-                    *("up", "-f", str(manifest), "--state-dir", str(self.state)),
+                attached(
+                    *self.command("up", "-f", str(manifest), "--state-dir", str(self.state)),
                     *("--port", str(self.http_port), "--grpc-port", str(self.grpc_port)),
                 ),
                 stdin=subprocess.DEVNULL,

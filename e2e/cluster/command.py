@@ -1,6 +1,7 @@
 """Commands of the host, with their errors as sentences."""
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -65,6 +66,13 @@ def wait_for(what: str, seconds: float, check: Callable[[], T], every: float = 0
         if time.monotonic() > end:
             raise ClusterError(f"gave up after {seconds:g} s waiting for {what}")
         time.sleep(every)
+
+
+def attached(*argv: str | Path) -> list[str]:
+    """The command line of a process that must not outlive the thread that starts it: the kernel
+    kills it then (where it can: Linux)."""
+    ends = ("setpriv", "--pdeathsig", "KILL") if shutil.which("setpriv", path=PATH) else ()
+    return [*ends, *(str(one) for one in argv)]
 
 
 def stopwatch(write: Callable[[str], None] = print) -> Say:

@@ -2,7 +2,8 @@
 
 Each of N streams asks a question, reads the answer to its end, compares it with what the same
 question was answered undisturbed, and asks the next. The client retries connections as it does
-by default. A stream that breaks in the middle because its router died is asked again, and counted.
+by default. A stream that breaks in the middle is asked again, and counted: only the death of the
+router that carries it excuses that.
 """
 
 import asyncio

@@ -68,10 +68,12 @@ class Platform:
         assert name is not None
         return self.kube.get("pod", name, NAMESPACE)
 
-    def metrics(self, pod: Object, port: int = 9090) -> dict[str, float]:
-        """Samples of a pod, summed over their labels."""
+    def metrics(
+        self, pod: Object, port: int = 9090, keep: Callable[[str], bool] = lambda line: True
+    ) -> dict[str, float]:
+        """Samples of a pod, summed over the lines that `keep` takes."""
         path = f"/api/v1/namespaces/{NAMESPACE}/pods/{pod['metadata']['name']}:{port}/proxy/metrics"
-        return metrics_of(self.kube.raw(path))
+        return metrics_of(self.kube.raw(path), keep)
 
 
 def metrics_of(text: str, keep: Callable[[str], bool] = lambda line: True) -> dict[str, float]:

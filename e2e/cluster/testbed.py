@@ -16,12 +16,14 @@ import httpx
 
 from e2e import tools
 from e2e.cluster import platform
+from e2e.cluster.command import attached
 from e2e.cluster.kube import Kube, Object
 from e2e.cluster.layout import HERE, ClusterError, Layout
 from e2e.cluster.processes import Processes
 from shoal.api.names import API_VERSION
 
 EVIDENCE: Final = HERE / ".evidence"
+_FOREIGN_FOLDERS: Final = Path("/var/lib/shoal-e2e")
 KINDS: Final = "infs,pods,services,configmaps,controllerrevisions,pdb,events"
 
 
@@ -46,6 +48,11 @@ class Testbed:
         """Services first: what they own goes while the operator still watches."""
         self.kube.kubectl("delete", "infs", "--all", "-n", name, "--wait=true", seconds=120)
         self.kube.kubectl("delete", "namespace", name, "--wait=false")
+
+    def host_folder(self, namespace: str) -> Path:
+        """A folder of the node for a test's volume; on our own node it goes with the cluster."""
+        root = self.layout.run / "volumes" if self.layout is not None else _FOREIGN_FOLDERS
+        return root / namespace
 
     def describe(self, namespace: str) -> str:
         """Pods, their events and the last of their logs, for a failure message."""
@@ -120,7 +127,7 @@ class Testbed:
 @contextmanager
 def open_api(kube: Kube) -> Iterator[httpx.Client]:
     """The API server over plain HTTP, by `kubectl proxy`: kubectl itself asks too slowly."""
-    command = [str(tools.kubectl()), "--kubeconfig", str(kube.kubeconfig), "proxy", "--port=0"]
+    command = attached(tools.kubectl(), "--kubeconfig", kube.kubeconfig, "proxy", "--port=0")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -1,16 +1,14 @@
 """A real Kubernetes with Shoal installed by Helm, for the whole session."""
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from e2e.cluster import node, platform, requirements
+from e2e.cluster import guard, platform, requirements
 from e2e.cluster.command import Say, stopwatch
 from e2e.cluster.kube import Kube, external_kubeconfig
 from e2e.cluster.layout import ClusterError, Layout, default_layout
@@ -50,18 +48,11 @@ def cluster(layout: Layout, say: Say, report: Report) -> Iterator[Testbed]:
         if os.environ.get("CI"):
             pytest.fail(f"no test cluster: {reason}")
         pytest.skip(reason)
-    with one_at_a_time(layout.cache / "session.lock", say):
-        began = time.monotonic()
-        started = node.up(layout, say, owned=True)
+    began = time.monotonic()
+    with guard.own_cluster(layout, say) as started:
         report.head(COSTS, "what", "seconds")
         report.row(COSTS, "cluster up" if started else "found up", since(began))
-        try:
-            yield Testbed(Kube(layout.kubeconfig()), layout)
-        finally:
-            kept = node.keep_logs(layout)
-            if started:
-                node.down(layout)
-                say(f"the cluster is gone; logs of its processes: {kept}")
+        yield Testbed(Kube(layout.kubeconfig()), layout)
 
 
 @pytest.fixture(scope="session")
@@ -124,16 +115,3 @@ def report(say: Say, pytestconfig: pytest.Config) -> Iterator[Report]:
         say(line)
     if path := os.environ.get("SHOAL_E2E_RESULTS"):
         Path(path).write_text(found.markdown())
-
-
-@contextmanager
-def one_at_a_time(path: Path, say: Say) -> Iterator[None]:
-    """Sessions share a machine's one cluster in turn: each installs Shoal under the same name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another session uses the cluster: waiting for its end")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -43,8 +43,12 @@ class Steady:
         return self.shoal.metrics(router, 8000).get("shoal_endpoint_in_flight", 0.0)
 
     @contextmanager
-    def fault(self, what: str, recovered: str, seconds: float = 240) -> Iterator[None]:
-        """Does the block, waits until two replicas serve again, and judges every answer."""
+    def fault(
+        self, what: str, recovered: str, seconds: float = 240, *, takes_streams: bool = False
+    ) -> Iterator[None]:
+        """Does the block, waits until two replicas serve again, and judges every answer.
+
+        `takes_streams`: it kills a router, whose clients have to ask again."""
         self.report.head(
             TABLE,
             *("fault", "recovered when", "s to recover", "answers", "failed", "altered"),
@@ -63,6 +67,7 @@ class Steady:
         assert len(window.answers) >= STREAMS
         assert not window.failed, window.failed[:3]
         assert not window.altered
+        assert takes_streams or not window.asked_again
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +145,7 @@ def test_a_router_is_killed(steady: Steady, own: Testbed) -> None:
         return restarted and is_ready(pod)
 
     what = f"SIGKILL of one router of two, with {carried[name]:.0f} streams"
-    with steady.fault(what, "2 routers ready"):
+    with steady.fault(what, "2 routers ready", takes_streams=True):
         own.kill_in_pod(router, "shoal.router")
         wait_for("the router's return", 60, back)
 

@@ -115,8 +115,8 @@ def _event(kube: Kube, namespace: str, service: str, trouble: Trouble) -> bool:
 
 
 @pytest.fixture
-def folder(namespace: str) -> str:
-    return f"/var/lib/shoal-e2e/{namespace}"
+def folder(cluster: Testbed, namespace: str) -> str:
+    return str(cluster.host_folder(namespace))
 
 
 def test_a_cache_on_the_node_serves_the_next_pod(
