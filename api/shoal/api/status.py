@@ -125,6 +125,24 @@ class AutoscalingStatus(ApiModel):
     )
 
 
+class ColdStartPhase(ApiModel):
+    """A part of a replica's start."""
+
+    phase: str = Field(description="schedule, image, weights, warm-up or route.")
+    seconds: float = Field(ge=0, description="Time it took.")
+
+
+class ColdStartStatus(ApiModel):
+    """Where the time went between a replica's creation and its first request."""
+
+    pod: str = Field(description="Leader pod of the replica.")
+    time: AwareDatetime = Field(description="When routers began to send requests to it.")
+    seconds: float = Field(ge=0, description="Time since it was created.")
+    phases: tuple[ColdStartPhase, ...] = Field(
+        default=(), max_length=8, description="What it is made of, in order."
+    )
+
+
 class InferenceServiceStatus(ApiModel):
     """What the operator last saw."""
 
@@ -153,6 +171,9 @@ class InferenceServiceStatus(ApiModel):
     )
     autoscaling: AutoscalingStatus | None = Field(
         default=None, description="What the autoscaler decided last."
+    )
+    cold_start: ColdStartStatus | None = Field(
+        default=None, description="Of the replica that was admitted last."
     )
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16), Unique("type")] = Field(
         default=(),

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Final
 
 from shoal.api.routes import RouteTable
+from shoal.api.status import ColdStartStatus
 from shoal.api.types import AutoscalingStatus, CanaryStatus, InferenceServiceStatus
 from shoal.api.v1 import router_pb2
 from shoal.operator.autoscale_load import RouterReport
@@ -26,9 +27,12 @@ FAILING: Final = frozenset(
         "ImagePullBackOff",
         "InvalidImageName",
         "ErrImageNeverPull",
+        "ImageInspectError",
+        "RegistryUnavailable",
         "CreateContainerConfigError",
         "CreateContainerError",
         "RunContainerError",
+        "PostStartHookError",
         "Unschedulable",
         "FetchFailed",
     }
@@ -59,6 +63,8 @@ class ObservedPod:
     lost: bool = False  # ended for good, or on a node that does not answer
     gone_node: bool = False  # lost with its node: it may come back
     fetched: int | None = None  # percent of the model, while it downloads and says so
+    scheduled: float | None = None  # when it had a node
+    launched: float | None = None  # when the engine's process began
     born: str | None = None  # revision that it was made of, where weights were swapped since
 
     @property
@@ -79,6 +85,8 @@ class EndpointView:
     address: str
     admitted: bool
     in_flight: int
+    # Seconds of the engine's start: until its weights were in memory, and of the warm-up.
+    startup: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,7 @@ class Observed:
     claims: tuple[Claim, ...] = ()
     url: str | None = None
     rejected: str | None = None  # why the cluster refused the pod that was to be made last
+    cold_start: ColdStartStatus | None = None  # of the replica that was just admitted
     silent_routers: int = 0  # that take requests but did not answer lately; not among `routers`
     scaling: ScalingView | None = None  # None: the number of replicas is the spec's
     trial: TrialView | None = None  # None: no revision is on trial

@@ -144,6 +144,7 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
         blue_green=blue_green,
         in_place=situation.steps.in_place,
         autoscaling=observed.scaling.status if observed.scaling is not None else None,
+        cold_start=observed.cold_start or before.cold_start,
         conditions=tuple(
             _dated(condition, before, generation, now) for condition in _conditions(situation)
         ),

@@ -94,6 +94,7 @@ class Replica:
         self.outlier = Outlier()
         self.text_key = ""  # same key, same tokenizer and template
         self.hash_seed = ""  # of its block hashes' root
+        self.startup: tuple[engine_pb2.StartupPhase, ...] = ()  # what its start took
         self.block_size = 1
         self.in_flight = 0  # sequences
         self.pieces: dict[str, Piece] = {}
@@ -267,6 +268,7 @@ class Replica:
     def _connect(self, model: engine_pb2.Model, key: str) -> None:
         self.text_key = key
         self.hash_seed = model.hash_seed
+        self.startup = tuple(model.startup)
         self.block_size = max(1, model.block_size)
         self.load = engine_pb2.Load(blocks_total=model.num_blocks)
         self._slots = max(1, model.max_num_seqs)

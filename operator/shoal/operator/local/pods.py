@@ -183,6 +183,8 @@ def _observed(record: PodRecord) -> ObservedPod:
         restarts=record.restarts,
         reason=record.reason,
         message=record.message,
+        scheduled=record.created,
+        launched=record.started,
     )
 
 
