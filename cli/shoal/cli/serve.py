@@ -9,7 +9,7 @@ import click
 
 from shoal.api.names import API_VERSION, KIND, NAME_MAX_LENGTH
 from shoal.api.routes import RoutingPolicy
-from shoal.api.workload import EngineSpec
+from shoal.api.workload import EngineSpec, ParallelismSpec
 from shoal.cli.errors import UsageError
 from shoal.cli.flags import given, model_flags
 from shoal.cli.options import store_option
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     help="How the router picks a replica.  [default: PrefixAware]",
 )
 @model_flags(EngineSpec)
+@model_flags(ParallelismSpec)
 @click.option("--dry-run", is_flag=True, help="Print the service as YAML and stop.")
 @listen_options()
 @store_option()
@@ -51,7 +52,7 @@ def command(
     port: int,
     grpc_port: int,
     store: "Store",
-    **engine: Any,
+    **flags: Any,
 ) -> None:
     """Serve MODEL on this machine until Ctrl-C.
 
@@ -63,7 +64,8 @@ def command(
     uri = model_uri(model)
     spec: dict[str, Any] = {
         "model": _present(uri=uri, revision=revision, aliases=list(aliases)),
-        "engine": given(EngineSpec, engine),
+        "engine": given(EngineSpec, flags),
+        "parallelism": given(ParallelismSpec, flags),
         "resources": _present(cpu=cpu, memory=memory),
         "replicas": replicas,
         "routing": _present(policy=policy),

@@ -25,3 +25,28 @@ class EngineConfig:
     threads: int | None = None  # of the CPU backend; None: the cores this process may use
     backend: str = "auto"  # auto | native | torch; auto: native where it can compute the model
     memory_limit_bytes: int | None = None  # of the process on a CPU; None: what is available
+
+
+EXECUTORS = ("auto", "process", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """How many ranks compute the model, and where they run: `spec.parallelism`. Each of them has
+    the engine's `threads`, or its part of the cores of its host."""
+
+    tensor: int = 1  # ranks that share every layer
+    pipeline: int = 1  # stages of consecutive layers
+    # auto: this process for one rank, processes of this host for several; ray: actors of a Ray
+    # cluster, on as many hosts as it has
+    executor: str = "auto"
+    ray_address: str | None = None  # of a running cluster's head; None: a cluster of this host
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline
+
+    @property
+    def in_process(self) -> bool:
+        """Whether the engine's own process computes."""
+        return self.ranks == 1 and self.executor == "auto"

@@ -1,4 +1,4 @@
-"""Command-line flags for every field of EngineConfig, from the dataclass itself."""
+"""Command-line flags for every field of EngineConfig and ParallelConfig, from the dataclasses."""
 
 import argparse
 import types
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from shoal.worker.config import EngineConfig
+from shoal.worker.config import EXECUTORS, EngineConfig, ParallelConfig
 from shoal.worker.validate import LEAST
 
 
@@ -38,6 +38,32 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The settings that the parsed flags say."""
     return EngineConfig(**{field.name: getattr(args, field.name) for field in fields(EngineConfig)})
+
+
+def add_parallel_flags(parser: argparse.ArgumentParser) -> None:
+    """`--tensor`, `--pipeline`, `--executor` and `--ray-address`."""
+    add = parser.add_argument_group("parallelism").add_argument
+    one = _at_least(1)
+    add("--tensor", type=one, default=1, metavar="N", help="ranks of each layer; default: 1")
+    add("--pipeline", type=one, default=1, metavar="N", help="stages of layers; default: 1")
+    add(
+        "--executor",
+        choices=EXECUTORS,
+        default="auto",
+        help="where ranks run; default: auto, processes of this host where there are several",
+    )
+    add(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="head of a Ray cluster, for --executor ray; default: a cluster of this host",
+    )
+
+
+def parallel_config(args: argparse.Namespace) -> ParallelConfig:
+    """What the parsed flags say. Raises ValueError for those that contradict each other."""
+    if args.ray_address and args.executor != "ray":
+        raise ValueError(f"--ray-address needs --executor ray, not {args.executor}")
+    return ParallelConfig(args.tensor, args.pipeline, args.executor, args.ray_address)
 
 
 def _at_least(low: int) -> Callable[[str], int]:
