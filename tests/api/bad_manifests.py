@@ -118,24 +118,6 @@ UNMET: tuple[Unmet, ...] = (
         "not supported yet: spec.engine.deterministic=true",
     ),
     _unmet(
-        "ranks of several pods without the gate",
-        {"parallelism": {"tensor": 2}},
-        "NotSupported",
-        "spec.parallelism.tensor=2 (the operator's feature gate MultiNode, alpha, is off)",
-    ),
-    _unmet(
-        "stages of several pods without the gate",
-        {"parallelism": {"pipeline": 2}},
-        "NotSupported",
-        "not supported yet: spec.parallelism.pipeline=2",
-    ),
-    _unmet(
-        "Ray for one rank",
-        {"parallelism": {"executor": "ray"}},
-        "NotSupported",
-        "not supported yet: spec.parallelism.executor=ray",
-    ),
-    _unmet(
         "GPUs without the gate",
         {"resources": {"gpusPerNode": 1}},
         "NotSupported",

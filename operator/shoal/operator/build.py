@@ -26,7 +26,7 @@ from shoal.api.names import (
     ROLE_LEADER,
 )
 from shoal.api.quantity import to_bytes, to_cores
-from shoal.api.types import EngineSpec, InferenceService, InferenceServiceSpec
+from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec
 from shoal.operator.metadata import group_size, metadata, pod_name, worker_labels
 from shoal.operator.overlay import OverlayError, merged
 from shoal.operator.podspec import (
@@ -42,8 +42,9 @@ from shoal.operator.podspec import (
 from shoal.operator.revision import Revision
 
 WORKER_COMMAND: Final = ("python", "-m", "shoal.worker")
-LEADER_COMMAND: Final = ("python", "-m", "shoal.worker.cluster", "leader")
-FOLLOWER_COMMAND: Final = ("python", "-m", "shoal.worker.cluster", "follower")
+CLUSTER_COMMAND: Final = ("python", "-m", "shoal.worker.cluster")
+LEADER_COMMAND: Final = (*CLUSTER_COMMAND, "leader")
+FOLLOWER_COMMAND: Final = (*CLUSTER_COMMAND, "follower")
 HEALTH_LIVE: Final = "live"  # the health service that says whether the engine still beats
 STOP_MARGIN_SECONDS: Final = 15  # after draining, for the process to end
 # Settings that become flags under their own name; `threads` and memory are worked out.
@@ -59,6 +60,7 @@ _FLAGS: Final = (
     "dtype",
     "quantization",
 )
+_PARALLEL_FLAGS: Final = ("tensor", "pipeline", "executor")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,12 @@ class Pod:
 def build_group(service: InferenceService, revision: Revision, replica: int) -> tuple[Pod, ...]:
     """The pods of replica `replica` (from 0) of a revision, which need not be the present one;
     the leader first. OverlayError where an overlay cannot be merged."""
-    size = group_size(revision.spec)
+    size = group_size(revision.spec, revision.pods)
     return tuple(_pod(service, revision, replica, member) for member in range(size))
 
 
 def _pod(service: InferenceService, revision: Revision, replica: int, member: int) -> Pod:
-    size = group_size(revision.spec)
+    size = group_size(revision.spec, revision.pods)
     name = pod_name(service.name, revision.name, replica, member)
     labels = {
         **worker_labels(service.name),
@@ -132,6 +134,8 @@ def worker_args(spec: InferenceServiceSpec, drain_seconds: int) -> list[str]:
         args += ["--model-revision", spec.model.revision]
     for name in _FLAGS:
         args += _flag(spec.engine, name)
+    for name in _PARALLEL_FLAGS:
+        args += _flag(spec.parallelism, name)
     if (threads := _threads(spec)) is not None:
         args += ["--threads", str(threads)]
     if spec.resources.memory is not None:
@@ -156,7 +160,7 @@ def _container(
         "name": WORKER_CONTAINER,
         **image_of(revision.pods),
         "env": env_list(values),
-        "volumeMounts": volume_mounts(revision.spec),
+        "volumeMounts": volume_mounts(revision),
         "securityContext": security(),
         # Where a process could not write its last words, the end of its log stands for them.
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -164,8 +168,8 @@ def _container(
     if resources := _resources(revision.spec):
         container["resources"] = resources
     if member:
-        return {**container, "command": list(FOLLOWER_COMMAND)}
-    alone = group_size(revision.spec) == 1
+        return {**container, **_follower(drain_seconds)}
+    alone = group_size(revision.spec, revision.pods) == 1
     return {
         **container,
         "command": list(WORKER_COMMAND if alone else LEADER_COMMAND),
@@ -179,6 +183,29 @@ def _container(
         "readinessProbe": _health("", period=1, failures=3),
         "livenessProbe": _health(HEALTH_LIVE, period=10, failures=6),
         "lifecycle": {"preStop": {"exec": {"command": _pre_stop(drain_seconds)}}},
+    }
+
+
+def _follower(drain_seconds: int) -> dict[str, Any]:
+    """What is a follower's own: it lives while it waits for its leader, is ready once its node
+    has joined, and stays until the leader, deleted at the same time, has drained."""
+    hook = [*CLUSTER_COMMAND, "prestop", "--drain-seconds", str(drain_seconds)]
+    return {
+        "command": list(FOLLOWER_COMMAND),
+        "ports": [{"name": "health", "containerPort": PORT_ENGINE_METRICS, "protocol": "TCP"}],
+        "startupProbe": _answers("/live", period=2, failures=60),
+        "readinessProbe": _answers("/ready", period=1, failures=3),
+        "livenessProbe": _answers("/live", period=10, failures=6),
+        "lifecycle": {"preStop": {"exec": {"command": hook}}},
+    }
+
+
+def _answers(path: str, *, period: int, failures: int) -> dict[str, Any]:
+    return {
+        "httpGet": {"path": path, "port": PORT_ENGINE_METRICS, "scheme": "HTTP"},
+        "periodSeconds": period,
+        "timeoutSeconds": 5,
+        "failureThreshold": failures,
     }
 
 
@@ -219,9 +246,9 @@ def _threads(spec: InferenceServiceSpec) -> int | None:
     return None
 
 
-def _flag(engine: EngineSpec, name: str) -> list[str]:
-    value = getattr(engine, name)
-    if value == EngineSpec.model_fields[name].default:
+def _flag(section: ApiModel, name: str) -> list[str]:
+    value = getattr(section, name)
+    if value == type(section).model_fields[name].default:
         return []
     kebab = name.replace("_", "-")
     if isinstance(value, bool):

@@ -33,6 +33,7 @@ from shoal.operator.metadata import (
     workers_name,
 )
 from shoal.operator.observe import Observed
+from shoal.operator.platform import NO_DEFAULTS, PodDefaults
 from shoal.operator.revision import Revision
 from shoal.operator.scaler import planned_replicas
 
@@ -44,15 +45,17 @@ def desired_children(
     observed: Observed,
     *,
     monitors: bool,
+    pods: PodDefaults = NO_DEFAULTS,
     drivers: Collection[ScalingDriver] = (),
     scaler_address: str = "",
 ) -> tuple[dict[str, Any], ...]:
     """Objects that should be there whatever the pods do; to be applied before any pod is made.
 
-    `monitors`: whether the cluster knows PodMonitors (monitoring.coreos.com). `drivers`: who
+    `monitors`: whether the cluster knows PodMonitors (monitoring.coreos.com). `pods`: what every
+    worker pod has. `drivers`: who
     may scale, beside the operator. `scaler_address`: where KEDA finds the operator.
     """
-    children = [_workers_service(service), _disruption_budget(service, observed)]
+    children = [_workers_service(service), _disruption_budget(service, observed, pods)]
     if monitors:
         children.append(_pod_monitor(service))
     scaling = service.spec.autoscaling
@@ -100,10 +103,12 @@ def read_revision(controller_revision: Mapping[str, Any]) -> Revision | None:
         return None
 
 
-def needs_group_token(service: InferenceService, observed: Observed) -> bool:
+def needs_group_token(
+    service: InferenceService, observed: Observed, pods: PodDefaults = NO_DEFAULTS
+) -> bool:
     """Whether a replica of any revision has more than one pod."""
-    specs = (service.spec, *(revision.spec for revision in observed.revisions))
-    return any(group_size(spec) > 1 for spec in specs)
+    made = [(service.spec, pods), *((one.spec, one.pods) for one in observed.revisions)]
+    return any(group_size(spec, defaults) > 1 for spec, defaults in made)
 
 
 def group_token_secret(service: InferenceService, token: str) -> dict[str, Any]:
@@ -136,17 +141,19 @@ def _workers_service(service: InferenceService) -> dict[str, Any]:
     }
 
 
-def _disruption_budget(service: InferenceService, observed: Observed) -> dict[str, Any]:
+def _disruption_budget(
+    service: InferenceService, observed: Observed, pods: PodDefaults
+) -> dict[str, Any]:
     """One pod may go at a time, and with it its replica. A sole replica may go too: a budget
     that never allows an eviction would keep its node from ever being emptied."""
-    sizes = [group_size(service.spec), *(pod.group_size for pod in observed.pods)]
-    pods = planned_replicas(service, observed) * min(sizes)
+    sizes = [group_size(service.spec, pods), *(pod.group_size for pod in observed.pods)]
+    planned = planned_replicas(service, observed) * min(sizes)
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": metadata(service, service.name, {}),
         "spec": {
-            "minAvailable": max(0, pods - 1),
+            "minAvailable": max(0, planned - 1),
             "selector": {"matchLabels": worker_labels(service.name)},
             # Who serves nobody may always be evicted.
             "unhealthyPodEvictionPolicy": "AlwaysAllow",

@@ -71,7 +71,7 @@ class Group:
             name=self.name,
             created=min(pod.created for pod in self.pods),
             address=first.address if first.member == 0 else None,
-            ready=first.member == 0 and first.ready and not self.missing and not lost,
+            ready=all(pod.ready for pod in self.pods) and not self.missing and not lost,
             drain_started=first.drain_started if first.member == 0 else None,
             deleting=self.leaving,
             restarts=max(pod.restarts for pod in self.pods),

@@ -15,6 +15,7 @@ from shoal.api.names import (
     ROLE_LEADER,
 )
 from shoal.api.types import InferenceService, InferenceServiceSpec
+from shoal.operator.platform import PodDefaults
 
 
 def pod_name(service: str, revision: str, replica: int, member: int = 0) -> str:
@@ -43,10 +44,17 @@ def controller_revision_name(service: str, revision: str) -> str:
     return f"{service}-{revision}"
 
 
-def group_size(spec: InferenceServiceSpec) -> int:
-    """Pods of one replica: as many as its ranks need, one rank a GPU, or one a pod on CPUs."""
-    ranks = spec.parallelism.tensor * spec.parallelism.pipeline
-    return -(-ranks // max(1, spec.resources.gpus_per_node))
+def ranks_of(spec: InferenceServiceSpec) -> int:
+    """Processes that share the model of one replica."""
+    return spec.parallelism.tensor * spec.parallelism.pipeline
+
+
+def group_size(spec: InferenceServiceSpec, pods: PodDefaults) -> int:
+    """Pods of one replica: as many as its ranks need, one rank a GPU, or one a pod on CPUs;
+    one where a pod takes whole replicas."""
+    if pods.whole_replicas:
+        return 1
+    return -(-ranks_of(spec) // max(1, spec.resources.gpus_per_node))
 
 
 def selector(service: str) -> str:

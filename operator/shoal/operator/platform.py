@@ -25,6 +25,8 @@ class PodDefaults:
     image_pull_policy: str | None = None
     image_pull_secrets: tuple[str, ...] = ()
     service_account_name: str | None = None
+    # All ranks of a replica are processes of one pod, however many GPUs it has.
+    whole_replicas: bool = False
     # A partial pod template, merged before the service's own overlay.
     pod_overlay: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -39,6 +41,8 @@ class PodDefaults:
             document["imagePullSecrets"] = [{"name": name} for name in self.image_pull_secrets]
         if self.service_account_name is not None:
             document["serviceAccountName"] = self.service_account_name
+        if self.whole_replicas:
+            document["wholeReplicas"] = True
         if self.pod_overlay:
             document["podOverlay"] = dict(self.pod_overlay)
         return document
@@ -61,11 +65,14 @@ class PodDefaults:
         return cls(**given)
 
 
+NO_DEFAULTS: Final = PodDefaults()
+
+
 @dataclass(frozen=True, slots=True)
 class Platform:
     """Where workers run, and the features that are on there."""
 
-    pods: PodDefaults = PodDefaults()  # frozen
+    pods: PodDefaults = NO_DEFAULTS
     processes: bool = False  # pods are processes of one machine
     multi_node: bool = False  # gate MultiNode: replicas of more than one pod
     gpus: bool = False  # gate GPU: pods that ask for GPUs
@@ -79,13 +86,19 @@ class Platform:
         return f"{service.metadata.namespace}/{service.name}"
 
 
-KUBERNETES: Final = Platform()
-LOCAL: Final = Platform(processes=True)
+KUBERNETES: Final = Platform(multi_node=True)  # as the gates are by default
+LOCAL: Final = Platform(PodDefaults(whole_replicas=True), processes=True)
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"expected text, got {value!r}")
+    return value
+
+
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is neither true nor false")
     return value
 
 
@@ -114,5 +127,6 @@ _READERS: Final[Mapping[str, tuple[str, Callable[[Any], Any]]]] = {
     "imagePullPolicy": ("image_pull_policy", _pull_policy),
     "imagePullSecrets": ("image_pull_secrets", _names),
     "serviceAccountName": ("service_account_name", _text),
+    "wholeReplicas": ("whole_replicas", _switch),
     "podOverlay": ("pod_overlay", _overlay),
 }

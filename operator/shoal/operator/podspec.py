@@ -25,6 +25,7 @@ from shoal.operator.metadata import (
     group_size,
     group_token_name,
     pod_name,
+    ranks_of,
     worker_labels,
     workers_name,
 )
@@ -37,6 +38,7 @@ OWN_CACHE_CONTAINER: Final = "own-cache"
 CACHE_DIR: Final = "/var/cache/shoal"
 WORKER_UID: Final = 65532
 _GROUP_TOKEN_DIR: Final = "/etc/shoal/group"
+_SHM_OF_RANKS: Final = "1Gi"
 _TMP: Final = "/tmp"  # an emptyDir of the pod's own
 # A folder that somebody gave to another user stays theirs.
 _OWN_CACHE: Final = (
@@ -61,7 +63,7 @@ def group_environment(
 ) -> dict[str, str]:
     """What the pods of a group need to find each other; {} for a group of one."""
     spec = revision.spec
-    if (size := group_size(spec)) == 1:
+    if (size := group_size(spec, revision.pods)) == 1:
         return {}
     leader = pod_name(service.name, revision.name, replica)
     namespace = service.metadata.namespace
@@ -102,7 +104,7 @@ def surroundings(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "volumes": _volumes(service, spec),
+        "volumes": _volumes(service, revision),
     }
     if pods.service_account_name is not None:
         found["serviceAccountName"] = pods.service_account_name
@@ -115,17 +117,17 @@ def surroundings(
         found["tolerations"] = [{"key": spec.resources.gpu_resource, "operator": "Exists"}]
     if member == 0:
         found["topologySpreadConstraints"] = _spread(service, revision)
-    if group_size(spec) > 1:
+    if group_size(spec, pods) > 1:
         found["affinity"] = _together(service, revision, replica)
     return found
 
 
-def volume_mounts(spec: InferenceServiceSpec) -> list[dict[str, Any]]:
+def volume_mounts(revision: Revision) -> list[dict[str, Any]]:
     """Of the worker's container."""
     mounts: list[dict[str, Any]] = [*_writable()]
-    if spec.resources.shm is not None:
+    if _shm(revision.spec) is not None:
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})  # a volume
-    if group_size(spec) > 1:
+    if group_size(revision.spec, revision.pods) > 1:
         mounts.append({"name": "group", "mountPath": _GROUP_TOKEN_DIR, "readOnly": True})
     return mounts
 
@@ -145,18 +147,27 @@ def _writable() -> list[dict[str, Any]]:
     return [{"name": "tmp", "mountPath": _TMP}, {"name": "cache", "mountPath": CACHE_DIR}]
 
 
-def _volumes(service: InferenceService, spec: InferenceServiceSpec) -> list[dict[str, Any]]:
+def _volumes(service: InferenceService, revision: Revision) -> list[dict[str, Any]]:
+    spec = revision.spec
     volumes: list[dict[str, Any]] = [
         {"name": "tmp", "emptyDir": {}},
         {"name": "cache", **_cache_source(spec)},
     ]
-    if spec.resources.shm is not None:
-        shm = {"medium": "Memory", "sizeLimit": spec.resources.shm}
+    if (size := _shm(spec)) is not None:
+        shm = {"medium": "Memory", "sizeLimit": size}
         volumes.append({"name": "shm", "emptyDir": shm})
-    if group_size(spec) > 1:
+    if group_size(spec, revision.pods) > 1:
         secret = {"secretName": group_token_name(service.name), "defaultMode": 0o440}
         volumes.append({"name": "group", "secret": secret})
     return volumes
+
+
+def _shm(spec: InferenceServiceSpec) -> str | None:
+    """Size of /dev/shm where it is a volume: ranks meet there, in more than a container's own
+    64 MB."""
+    if spec.resources.shm is not None:
+        return spec.resources.shm
+    return _SHM_OF_RANKS if ranks_of(spec) > 1 else None
 
 
 def _cache_source(spec: InferenceServiceSpec) -> dict[str, Any]:

@@ -26,7 +26,6 @@ _NOT_YET = (
     ("engine", "speculative"),
     ("engine", "deterministic"),
     ("rollout", "in_flight"),
-    ("rollout", "canary"),
     ("cost",),
 )
 _PARALLEL = (("parallelism", "tensor"), ("parallelism", "pipeline"), ("parallelism", "executor"))
@@ -61,19 +60,17 @@ def _not_yet(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
         yield f"spec.rollout.strategy={spec.rollout.strategy}"
     for path in _NOT_YET:
         yield from _differs(spec, path)
-    many = group_size(spec) > 1
-    if not (platform.multi_node and many):
-        gate = _gate("MultiNode") if many and not platform.processes else ""
+    if group_size(spec, platform.pods) > 1 and not platform.multi_node:
         for path in _PARALLEL:
-            yield from (f"{field}{gate}" for field in _differs(spec, path))
+            yield from (f"{field}{_gate('MultiNode', 'beta')}" for field in _differs(spec, path))
     if not (platform.gpus and spec.resources.gpus_per_node):
-        gate = "" if platform.processes else _gate("GPU")
+        gate = "" if platform.processes else _gate("GPU", "alpha")
         for path in _GPUS:
             yield from (f"{field}{gate}" for field in _differs(spec, path))
 
 
-def _gate(name: str) -> str:
-    return f" (the operator's feature gate {name}, alpha, is off)"
+def _gate(name: str, stage: str) -> str:
+    return f" (the operator's feature gate {name}, {stage}, is off)"
 
 
 def _switched_off(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:

@@ -25,7 +25,7 @@ def test_defaults_serve_the_whole_cluster() -> None:
     assert settings.router_selector == (
         "app.kubernetes.io/name=shoal,app.kubernetes.io/component=router"
     )
-    assert not settings.platform.multi_node
+    assert settings.platform.multi_node
 
 
 def test_each_flag_has_a_variable() -> None:
@@ -38,6 +38,7 @@ def test_each_flag_has_a_variable() -> None:
 def test_gates_are_switched_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown gate and an unknown value are refused."""
     assert read("--feature-gates", "MultiNode=true,GPU=false").platform.multi_node
+    assert not read("--feature-gates", "MultiNode=false").platform.multi_node
     assert "there are MultiNode, GPU" in refused(capsys, "--feature-gates", "Magic=true")
     assert "MultiNode=true nor MultiNode=false" in refused(capsys, "--feature-gates", "MultiNode")
 

@@ -17,7 +17,7 @@ from shoal.operator.platform import DEFAULT_IMAGE, Platform, PodDefaults
 LOG_FORMATS: Final = ("text", "json")
 LOG_LEVELS: Final = ("debug", "info", "warning", "error")
 # Gates, each with whether it is on by default.
-GATES: Final[Mapping[str, bool]] = {"MultiNode": False, "GPU": False}
+GATES: Final[Mapping[str, bool]] = {"MultiNode": True, "GPU": False}
 _PREFIX: Final = "SHOAL_"
 
 

@@ -21,7 +21,6 @@ from shoal.worker.cluster.node import START_SECONDS, own_address
 from shoal.worker.cluster.ray_env import ENV_TOKEN_PATH, ray_environment
 from shoal.worker.cluster.ray_order import SEAT_SECONDS, WAIT_SECONDS, RayOrder
 from shoal.worker.logs import event
-from shoal.worker.parallel.invitation import Invitation
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ class RayLauncher:
         # Where the other nodes of the cluster find this one.
         self.host = own_address(address.rpartition(":")[0]) if address else own_address()
 
-    def start(self, invitation: Invitation) -> None:
+    def start(self, invitation: bytes) -> None:
         """Returns when every rank's program runs. Raises LaunchError."""
         address = self._address or self._own_node()
         order = RayOrder(
@@ -68,7 +67,7 @@ class RayLauncher:
             ip=self.host,
             tensor=self._tensor,
             pipeline=self._pipeline,
-            invitation=b64encode(invitation.pack()).decode(),
+            invitation=b64encode(invitation).decode(),
             wait_seconds=self._wait_seconds,
         )
         self._ranks = _Child("ranks", [], ray_environment(self._environ), order.line())
