@@ -124,18 +124,6 @@ UNMET: tuple[Unmet, ...] = (
         "spec.resources.gpusPerNode=1 (the operator's feature gate GPU, alpha, is off)",
     ),
     _unmet(
-        "a canary",
-        {"rollout": {"canary": {"steps": [{"weight": 5}, {"weight": 100}]}}},
-        "NotSupported",
-        "not supported yet: spec.rollout.canary",
-    ),
-    _unmet(
-        "blue and green",
-        {"rollout": {"strategy": "BlueGreen"}},
-        "NotSupported",
-        "not supported yet: spec.rollout.strategy=BlueGreen",
-    ),
-    _unmet(
         "weights swapped in place",
         {"rollout": {"strategy": "InPlace", "inFlight": "recompute"}},
         "NotSupported",

@@ -36,7 +36,7 @@ class RouterClient:
         self, within: float, service: str = "", scaled: Collection[str] = ()
     ) -> dict[str, RouterView] | None:
         """By service, what the router acts on, of one alone where it is named; None where it does
-        not answer. Those of the services `scaled` come with a report on their load."""
+        not answer. Those of the services `scaled` come with what the router says of their load."""
         request = router_pb2.GetLoadRequest(service=service)
         try:
             load = await self._stub.GetLoad(request, timeout=within)
@@ -56,4 +56,5 @@ class RouterClient:
             e.name: EndpointView(e.address, e.admitted, e.in_flight) for e in load.endpoints
         }
         report = report_of(load, reported) if reported is not None else None
-        return RouterView(load.generation, MappingProxyType(endpoints), self._address, report)
+        said = load if reported is not None else None
+        return RouterView(load.generation, MappingProxyType(endpoints), self._address, report, said)

@@ -53,9 +53,8 @@ def frozen_table(observed: Observed, leaving: frozenset[str]) -> RouteTable | No
     models = tuple(model for model in observed.table.models if model not in claimed)
     table = observed.table.model_copy(update={"models": models})
     there = {pod.revision for pod in observed.pods if pod.name not in leaving}
-    weights = {name: w for name, w in table.weights.items() if name in there}
-    weights = percents(weights) if any(weights.values()) else None
-    return _numbered(_over_pods(table, observed, leaving, weights), observed)
+    weights = percents({name: w for name, w in table.weights.items() if name in there})
+    return _numbered(_over_pods(table, observed, leaving, weights or None), observed)
 
 
 def closed_table(observed: Observed) -> RouteTable | None:

@@ -56,7 +56,7 @@ def _not_yet(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
         yield f"spec.model.revision={spec.model.revision} (only py:// and hf:// have revisions)"
     if spec.engine.quantization not in _QUANTIZATION:
         yield f"spec.engine.quantization={spec.engine.quantization}"
-    if spec.rollout.strategy is not RolloutStrategy.ROLLING_UPDATE:
+    if spec.rollout.strategy is RolloutStrategy.IN_PLACE:
         yield f"spec.rollout.strategy={spec.rollout.strategy}"
     for path in _NOT_YET:
         yield from _differs(spec, path)

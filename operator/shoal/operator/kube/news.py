@@ -25,7 +25,7 @@ class Notice:
 
 def news(before: InferenceServiceStatus, after: InferenceServiceStatus) -> Iterator[Notice]:
     """What happened between two statuses of a service, in the order in which people care."""
-    for read in (_progress, _trouble, _readiness):
+    for read in (_canary, _progress, _trouble, _readiness):
         yield from read(before, after)
 
 
@@ -36,6 +36,22 @@ def pod_news(pods: Iterable[ObservedPod]) -> Iterator[Notice]:
             yield Notice(pod.reason, f"{pod.name}: {pod.message or pod.reason}", warning=True)
 
 
+def _canary(before: InferenceServiceStatus, after: InferenceServiceStatus) -> Iterator[Notice]:
+    old, new = before.canary, after.canary
+    if old is not None and new is None and after.active_revision == old.revision:
+        yield Notice("CanaryPromoted", f"revision {old.revision} takes all requests")
+    if new is None:
+        return
+    same = old is not None and old.revision == new.revision
+    if new.aborted_time is not None:
+        if old is None or not same or old.aborted_time is None:
+            sentence = f"revision {new.revision} was given up: {new.last_analysis or 'no reason'}"
+            yield Notice("CanaryFailed", sentence, warning=True)
+    elif old is None or not same or (old.step, old.weight) != (new.step, new.weight):
+        sentence = f"revision {new.revision}: step {new.step + 1}, {new.weight} % of requests"
+        yield Notice("CanaryStep", sentence)
+
+
 def _progress(before: InferenceServiceStatus, after: InferenceServiceStatus) -> Iterator[Notice]:
     old, new = _both(before, after, ConditionType.PROGRESSING)
     if new is None or _same(old, new):
@@ -43,8 +59,11 @@ def _progress(before: InferenceServiceStatus, after: InferenceServiceStatus) -> 
     if new.reason == "Complete":
         yield Notice("RolloutComplete", new.message)
     elif new.reason == "RollingOut":
-        yield Notice("RolloutStarted", new.message)
+        if old is not None:  # else it has only just been made, as its maker knows
+            yield Notice("RolloutStarted", new.message)
     elif new.status is not ConditionStatus.TRUE and old is not None:
+        if new.reason == "CanaryFailed":
+            return  # told as the canary's end
         yield Notice(new.reason, new.message, warning=new.status is ConditionStatus.FALSE)
 
 

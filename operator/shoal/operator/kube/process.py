@@ -165,6 +165,7 @@ class _Operator:
             all_changed=self._wake_all,
         )
         self._scalers = Scalers()
+        self._trials = Trials(settings.platform)
         reconciler = Reconciler(
             self._world,
             self._book,
@@ -173,6 +174,7 @@ class _Operator:
             self._progress,
             self._events,
             self._scalers,
+            self._trials,
             Surroundings(
                 platform=settings.platform,
                 url=f"{settings.router_url}/v1" if settings.router_url else None,
@@ -304,6 +306,7 @@ class _Operator:
             self._works = False
             self._fleet.rest()
             self._scalers.clear()
+            self._trials.clear()
             for task in helpers:
                 await _end(task)
 
@@ -328,7 +331,7 @@ class _Operator:
             scales = scales_itself(service)
             wanted = self._scalers.wanted(key) if scales else service.spec.replicas
             if wanted is not None:  # it was looked at already
-                figures[key] = ServiceFigures(wanted)
+                figures[key] = ServiceFigures(wanted, self._trials.weight(key))
         return figures
 
 

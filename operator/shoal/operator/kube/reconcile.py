@@ -26,6 +26,8 @@ from shoal.operator.observe import Observed
 from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
 from shoal.operator.scaler import LOOK_SECONDS, Scalers
+from shoal.operator.trials import LOOK_SECONDS as TRIAL_SECONDS
+from shoal.operator.trials import Trials
 
 log: Final = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Reconciler:
         progress: FetchProgress,
         events: EventPoster,
         scalers: Scalers,
+        trials: Trials,
         around: Surroundings,
     ) -> None:
         self._world = world
@@ -67,6 +70,7 @@ class Reconciler:
         self._around = around
         self._rejected: dict[str, tuple[int, str]] = {}  # by service: generation, sentence
         self._scalers = scalers
+        self._trials = trials
 
     async def reconcile(self, key: str) -> float | None:
         """Looks at the service `namespace/name` once.
@@ -82,6 +86,7 @@ class Reconciler:
             self._fleet.under_way(key, False)
             self._fleet.scales(key, False)
             self._scalers.forget(key)
+            self._trials.forget(key)
             self._progress.follow(key, ())
             self._rejected.pop(key, None)
             return None
@@ -94,7 +99,8 @@ class Reconciler:
         observed = self._observe(where, key, service)
         decided = self._plan(service, observed)
         self._fleet.under_way(key, _waits_for_routers(observed, decided))
-        self._fleet.scales(key, observed.scaling is not None)
+        self._fleet.scales(key, observed.scaling is not None or observed.trial is not None)
+        platform = self._around.platform
         outcome = await carry_out(
             self._applier,
             service,
@@ -103,10 +109,11 @@ class Reconciler:
                 service,
                 observed,
                 monitors=self._around.knows(POD_MONITORS),
-                drivers=self._around.platform.drivers,
+                pods=platform.pods,
+                drivers=platform.drivers,
                 scaler_address=self._around.scaler_address,
             ),
-            group_token=self._around.platform.multi_node and needs_group_token(service, observed),
+            group_token=platform.multi_node and needs_group_token(service, observed, platform.pods),
         )
         news = self._note_rejection(key, service, outcome)
         if outcome.error is None and (outcome.acted or news):
@@ -116,7 +123,7 @@ class Reconciler:
         await self._tell(where, service, observed, self._status(observed, decided, outcome))
         if outcome.error is not None:
             raise outcome.error
-        return self._next_look(observed, outcome)
+        return self._next_look(observed, decided, outcome)
 
     def _status(
         self, observed: Observed, decided: Plan, outcome: Outcome
@@ -127,7 +134,7 @@ class Reconciler:
             observed.status, decided.status, outcome.missing, self._around.wall()
         )
 
-    def _next_look(self, observed: Observed, outcome: Outcome) -> float | None:
+    def _next_look(self, observed: Observed, decided: Plan, outcome: Outcome) -> float | None:
         waits = [
             seconds
             for seconds, holds in (
@@ -135,6 +142,8 @@ class Reconciler:
                 (_REFUSED_SECONDS, outcome.rejected or outcome.missing),
                 (_DRAIN_SECONDS, any(pod.retiring for pod in observed.pods)),
                 (LOOK_SECONDS, observed.scaling is not None),
+                (TRIAL_SECONDS, observed.trial is not None),
+                (decided.again, decided.again is not None),
             )
             if holds and seconds is not None
         ]
@@ -157,8 +166,9 @@ class Reconciler:
         )
         same = generation == service.metadata.generation
         observed = replace(observed, rejected=sentence if same else None)
-        scaling = self._scalers.look(key, service, observed, self._around.wall())
-        return replace(observed, scaling=scaling)
+        now = self._around.wall()
+        observed = replace(observed, scaling=self._scalers.look(key, service, observed, now))
+        return replace(observed, trial=self._trials.look(key, service, observed, now))
 
     def _plan(self, service: InferenceService, observed: Observed) -> Plan:
         return plan(service, observed, self._around.wall(), self._around.platform)

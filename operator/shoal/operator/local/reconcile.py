@@ -32,6 +32,7 @@ from shoal.operator.plan import plan, plan_removal
 from shoal.operator.platform import LOCAL
 from shoal.operator.revision import Revision
 from shoal.operator.scaler import Scalers
+from shoal.operator.trials import Trials
 
 # The conditions that are announced, each with the status that means trouble.
 _TROUBLE = {
@@ -53,6 +54,7 @@ class Reconciler:
         self._url = url
         self._resting: dict[str, tuple[object, float]] = {}
         self._scalers = Scalers()
+        self._trials = Trials(LOCAL)
 
     def reconcile(
         self,
@@ -67,10 +69,18 @@ class Reconciler:
         """
         name = service.name
         scaling = self._scaling(service, views, now)
-        inputs = (service, claims, self._routers(name, views), self._pods.observed(name), scaling)
+        observed = None
+        trial = None
+        if service.spec.rollout.canary is not None:
+            observed = replace(self._observe(name, claims, views), scaling=scaling)
+            trial = self._trials.look(name, service, observed, now)
+        pods = self._pods.observed(name)
+        inputs = (service, claims, self._routers(name, views), pods, scaling, trial)
         if self._rests(name, inputs, now):
             return False, []
-        observed = replace(self._observe(name, claims, views), scaling=scaling)
+        if observed is None:
+            observed = replace(self._observe(name, claims, views), scaling=scaling)
+        observed = replace(observed, trial=trial)
         decided = plan(service, observed, now, LOCAL)
         for action in decided.actions:
             self._perform(name, action)
@@ -78,8 +88,13 @@ class Reconciler:
         self._store.write_status(name, document)
         waits = any(pod.retiring for pod in observed.pods)
         if not decided.actions and not waits and decided.status == observed.status:
-            self._resting[name] = (inputs, now + _LOOK_ANYWAY_SECONDS)
+            soon = min(_LOOK_ANYWAY_SECONDS, decided.again or _LOOK_ANYWAY_SECONDS)
+            self._resting[name] = (inputs, now + soon)
         return bool(decided.actions), _news(name, observed.status, decided.status)
+
+    def due(self, now: float) -> bool:
+        """Whether time alone is a reason to look at a service again."""
+        return any(now >= until for _, until in self._resting.values())
 
     def remove(self, name: str, views: Mapping[str, RouterView] | None, now: float) -> bool:
         """Drains and ends what runs for a service that nobody wants; whether it is all gone."""
@@ -91,6 +106,7 @@ class Reconciler:
             return False
         self._store.forget(name)
         self._scalers.forget(name)
+        self._trials.forget(name)
         return True
 
     def _rests(self, name: str, inputs: object, now: float) -> bool:

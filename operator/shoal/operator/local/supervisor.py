@@ -187,7 +187,8 @@ class _Supervisor:
         """Wakes the loop when a document changes, and while a drain's deadline may pass."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            if any(record.drain_started for record in self._pods.records):
+            draining = any(record.drain_started for record in self._pods.records)
+            if draining or self._reconciler.due(self._clock()):
                 self._wake.set()
             with self._mishaps.around("reading the services"):
                 if self._store.services_signature() != self._signature:
@@ -198,7 +199,7 @@ class _Supervisor:
         client = RouterClient(self._info.grpc_address)
         try:
             while True:
-                scaled = {n for n, s in self._services.items() if s.spec.autoscaling is not None}
+                scaled = {name for name, s in self._services.items() if _follows_load(s)}
                 views = await client.views(within=2.0, scaled=scaled)
                 if views != self._views or scaled:
                     self._wake.set()
@@ -233,6 +234,11 @@ class _Supervisor:
         for name in self._store.known():
             with self._mishaps.around(f"removing the status of {name}"):
                 self._store.forget(name)
+
+
+def _follows_load(service: InferenceService) -> bool:
+    """Whether what routers say of the load may change the plan."""
+    return service.spec.autoscaling is not None or service.spec.rollout.canary is not None
 
 
 def _require_free(settings: SupervisorSettings, http_port: int, grpc_port: int) -> None:
