@@ -49,6 +49,7 @@ from shoal.operator.kube.workqueue import Pace, WorkQueue
 from shoal.operator.kube.world import World
 from shoal.operator.router_client import RouterClient
 from shoal.operator.scaler import Scalers, scales_itself
+from shoal.operator.trials import Trials
 
 log: Final = logging.getLogger(__name__)
 
