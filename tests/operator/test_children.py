@@ -72,15 +72,19 @@ def test_group_members_find_each_other_before_they_are_ready():
         assert pod.manifest["spec"]["hostname"] == pod.name
 
 
-@pytest.mark.parametrize(
-    "replicas, tensor, least", [(3, 1, 2), (1, 1, 0), (0, 1, 0), (2, 2, 3), (1, 4, 3)]
-)
+@pytest.mark.parametrize("replicas, tensor, least", [(3, 1, 2), (2, 1, 1), (2, 2, 3), (1, 4, 3)])
 def test_the_budget_lets_one_pod_go_at_a_time(replicas, tensor, least):
-    """Also the only one: a node must be able to be emptied. A group is lost with one pod."""
+    """A group is lost with one pod."""
     chat = make_service(replicas=replicas, parallelism={"tensor": tensor})
     budget = children(chat)["PodDisruptionBudget"]["spec"]
     assert budget["minAvailable"] == least
     assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"
+
+
+@pytest.mark.parametrize("replicas", [0, 1])
+def test_a_sole_pod_has_no_budget(replicas):
+    """A node must be able to be emptied, and a budget that forbids nothing is of no use."""
+    assert "PodDisruptionBudget" not in children(make_service(replicas=replicas))
 
 
 def test_the_budget_does_not_lock_a_change_of_group_size():

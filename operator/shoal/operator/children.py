@@ -55,7 +55,10 @@ def desired_children(
     worker pod has. `drivers`: who
     may scale, beside the operator. `scaler_address`: where KEDA finds the operator.
     """
-    children = [_workers_service(service), _disruption_budget(service, observed, pods)]
+    children = [_workers_service(service)]
+    planned = _planned_pods(service, observed, pods)
+    if planned > 1:
+        children.append(_disruption_budget(service, planned))
     if monitors:
         children.append(_pod_monitor(service))
     scaling = service.spec.autoscaling
@@ -141,19 +144,22 @@ def _workers_service(service: InferenceService) -> dict[str, Any]:
     }
 
 
-def _disruption_budget(
-    service: InferenceService, observed: Observed, pods: PodDefaults
-) -> dict[str, Any]:
-    """One pod may go at a time, and with it its replica. A sole replica may go too: a budget
-    that never allows an eviction would keep its node from ever being emptied."""
+def _planned_pods(service: InferenceService, observed: Observed, pods: PodDefaults) -> int:
+    """How many pods there should be, or a little less while groups of two sizes are there."""
     sizes = [group_size(service.spec, pods), *(pod.group_size for pod in observed.pods)]
-    planned = planned_replicas(service, observed) * min(sizes)
+    return planned_replicas(service, observed) * min(sizes)
+
+
+def _disruption_budget(service: InferenceService, planned: int) -> dict[str, Any]:
+    """One pod may go at a time, and with it its replica. A sole pod has no budget: one that never
+    allows an eviction would keep its node from ever being emptied, and one that always does
+    would be work for the cluster and protect nothing."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": metadata(service, service.name, {}),
         "spec": {
-            "minAvailable": max(0, planned - 1),
+            "minAvailable": planned - 1,
             "selector": {"matchLabels": worker_labels(service.name)},
             # Who serves nobody may always be evicted.
             "unhealthyPodEvictionPolicy": "AlwaysAllow",

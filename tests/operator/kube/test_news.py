@@ -28,7 +28,8 @@ def test_a_rollout_is_told_when_it_begins_and_when_it_is_complete() -> None:
     """The steps between are in the condition."""
     kind, nothing = ConditionType.PROGRESSING, InferenceServiceStatus()
     rolling = of(kind, TRUE, "RollingOut")
-    assert told(nothing, rolling) == [("RolloutStarted", False)]
+    assert told(nothing, rolling) == [], "who has just made it knows"
+    assert told(of(kind, TRUE, "Complete"), rolling) == [("RolloutStarted", False)]
     assert told(rolling, rolling) == []
     assert told(rolling, of(kind, TRUE, "Complete")) == [("RolloutComplete", False)]
     assert told(rolling, of(kind, FALSE, "ReplicaFails")) == [("ReplicaFails", True)]

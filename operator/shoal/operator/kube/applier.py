@@ -64,7 +64,7 @@ _COLLECTION_SECONDS: Final = 1.0  # the cluster takes a moment to collect what l
 # Nobody misses these for a moment.
 _REPLACEABLE: Final = (SERVICES, DISRUPTION_BUDGETS, POD_MONITORS, AUTOSCALERS, SCALED_OBJECTS)
 # What a service may have today and not tomorrow.
-_PRUNED: Final = (AUTOSCALERS, SCALED_OBJECTS)
+_PRUNED: Final = (DISRUPTION_BUDGETS, AUTOSCALERS, SCALED_OBJECTS)
 
 Json = Mapping[str, Any]
 
@@ -117,7 +117,7 @@ class Applier:
         return True
 
     async def prune(self, service: InferenceService, children: Collection[Json]) -> None:
-        """Deletes the service's autoscalers that are not among its children any more."""
+        """Deletes the service's budgets and autoscalers that are not among its children any more."""
         kept = {(child["kind"], child["metadata"]["name"]) for child in children}
         for kind in _PRUNED:
             for live in self._world[kind].of(f"{service.metadata.namespace}/{service.name}"):
