@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from shoal.kernels.paged import CacheShape, flat_order, plan_batch
-from shoal.kernels.rope import rope_table
+from shoal.kernels.flat import FlatBatch
+from shoal.kernels.paged import CacheShape, flat_order
+from shoal.worker.model.backend import TorchBackend
 from shoal.worker.model.decoder import Decoder
 from shoal.worker.model.loader import load_decoder, open_checkpoint
 from shoal.worker.model.precision import choose_precision
@@ -134,8 +135,8 @@ def smollm2() -> LlamaForCausalLM:
         num_attention_heads=spec.num_heads,
         num_key_value_heads=spec.num_kv_heads,
         max_position_embeddings=spec.max_positions,
-        rms_norm_eps=spec.rms_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
+        rms_norm_eps=spec.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.ropes[0].theta},
         tie_word_embeddings=True,
     )
     with torch.device("meta"):
@@ -174,10 +175,9 @@ def decoder_logits(
     longest = max(map(len, sequences))
     blocks = -(-longest // block_size)
     shape = CacheShape(len(sequences) * blocks + 1, block_size, spec.num_kv_heads, spec.head_dim)
-    caches = [shape.allocate(decoder.precision.cache) for _ in decoder.layers]
     tables = np.random.default_rng(0).permutation(len(sequences) * blocks) + 1
     tables = tables.reshape(len(sequences), blocks)
-    rope = rope_table(spec.rope.inverse_frequencies(), longest)
+    backend = TorchBackend(decoder, shape, longest)
     parts: list[list[Tensor]] = [[] for _ in sequences]
     done, sizes, size = 0, iter(chunks), 1
     while done < longest:
@@ -187,26 +187,10 @@ def decoder_logits(
         counts = np.array([min(size, len(sequences[i]) - done) for i in active])
         order = flat_order(starts, counts)
         starts, counts, active = starts[order], counts[order], active[order]
-        batch = plan_batch(
-            starts,
-            counts,
-            tables[active],
-            shape,
-            decoder.precision.compute,
-            spec.sliding_window,
-        )
-        flat = [
-            sequences[active[s]][p] for s, p in zip(batch.sequence, batch.position, strict=True)
-        ]
-        hidden = decoder.forward(
-            torch.tensor(flat),
-            rope[torch.from_numpy(batch.position)],
-            batch,
-            caches,
-            shape,
-            torch.arange(len(flat)),
-        )
-        for index, part in zip(active, decoder.logits(hidden).split(counts.tolist()), strict=True):
+        flat = [sequences[i][s : s + n] for i, s, n in zip(active, starts, counts, strict=True)]
+        batch = FlatBatch.of(np.concatenate(flat), starts, counts, tables[active])
+        hidden = backend.forward(batch, np.arange(batch.num_tokens))
+        for index, part in zip(active, backend.logits(hidden).split(counts.tolist()), strict=True):
             parts[index].append(part)
         done += size
     return [torch.cat(part) for part in parts]

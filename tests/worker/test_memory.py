@@ -9,7 +9,8 @@ from shoal.worker.config import EngineConfig
 from shoal.worker.host import available_memory, usable_cores
 from shoal.worker.memory import DEFAULT_KV_ROOM, NotEnoughMemory, plan_memory
 from shoal.worker.model.precision import choose_precision
-from shoal.worker.model.spec import DecoderSpec, RopeSpec
+from shoal.worker.model.rope import RopeSpec
+from shoal.worker.model.spec import DecoderSpec, LayerSpec
 
 GIB = 1 << 30
 SPEC = DecoderSpec(
@@ -17,12 +18,11 @@ SPEC = DecoderSpec(
     vocab_size=49152,
     hidden_size=576,
     intermediate_size=1536,
-    num_layers=30,
     num_heads=9,
     num_kv_heads=3,
     head_dim=64,
-    rms_eps=1e-5,
-    rope=RopeSpec(10_000.0, 64),
+    norm_eps=1e-5,
+    layers=(LayerSpec(RopeSpec(10_000.0, 64)),) * 30,
     max_positions=8192,
     tied_embeddings=True,
 )

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shoal.worker.model.gguf import GgufSource
+from shoal.worker.model.gguf_spec import spec_from_gguf
+from shoal.worker.model.hugging_face import spec_from_hugging_face
 from shoal.worker.model.loader import load_decoder, open_checkpoint
 from shoal.worker.model.precision import choose_precision
 from shoal.worker.model.safetensors import SafetensorsSource
-from shoal.worker.model.spec import UnsupportedModel, spec_from_gguf, spec_from_hugging_face
-from shoal.worker.model.weights import WeightError
+from shoal.worker.model.weights import UnsupportedModel, WeightError
 
 
 @pytest.fixture
@@ -170,8 +171,9 @@ def test_no_weights_beside_the_config(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM.*LlamaForCausalLM, Mistral"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn.*default, linear"),
+        ({"hidden_act": "mish"}, "hidden_act mish.*gelu, gelu_fast"),
+        ({"rope_parameters": {"rope_type": "xpos"}}, "xpos.*default, linear, dynamic, llama3"),
+        ({"layer_types": ["linear_attention"] * 3}, r"layer_types\[0\] is linear_attention"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 4}, "num_heads is 6"),
@@ -203,8 +205,9 @@ def test_old_rope_keys_are_understood() -> None:
         "eos_token_id": [3, 4],
     }
     spec = spec_from_hugging_face(config, {"eos_token_id": [4, 5]})
-    assert spec.rope.theta == 5000.0
-    assert spec.rope.inverse_frequencies().tolist() == pytest.approx([0.5, 0.5 * 5000**-0.5])
+    rope = spec.ropes[0]
+    assert rope.theta == 5000.0
+    assert rope.inverse_frequencies(64).tolist() == pytest.approx([0.5, 0.5 * 5000**-0.5])
     assert spec.eos_token_ids == (3, 4, 5)
     assert spec.num_kv_heads == 2
 

@@ -24,30 +24,38 @@ def store_kv_(cache: Tensor, kv: Tensor, batch: PagedBatch, shape: CacheShape) -
 
 
 def paged_attention(
-    queries: Tensor, cache: Tensor, batch: PagedBatch, shape: CacheShape, scale: float
+    queries: Tensor,
+    cache: Tensor,
+    batch: PagedBatch,
+    shape: CacheShape,
+    scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """`softmax(q k^T * scale) v` of each token over what the batch lets it see.
 
     queries [num_tokens, heads, head_dim] in the batch's flat order, heads a multiple of
-    kv_heads; cache is the layer's. Returns [num_tokens, heads * head_dim] in the queries' dtype.
+    kv_heads; cache is the layer's. With `softcap` a score s becomes `softcap * tanh(s / softcap)`.
+    Returns [num_tokens, heads * head_dim] in the queries' dtype.
     """
     tokens, heads, head_dim = queries.shape
     if tokens != batch.num_tokens or head_dim != shape.head_dim or heads % shape.kv_heads:
         raise ValueError(f"queries {list(queries.shape)} do not fit {shape}")
     scaled = torch.mul(queries, scale)
     if len(batch.decode) == 1 and not batch.prefill:
-        return _decode(scaled, cache, batch.decode[0], shape).view(tokens, -1)
+        return _decode(scaled, cache, batch.decode[0], shape, softcap).view(tokens, -1)
     out = torch.empty(tokens, heads * head_dim, dtype=queries.dtype)
     for group in batch.decode:
         rows = slice(group.first, group.first + group.count)
-        out[rows] = _decode(scaled[rows], cache, group, shape).view(group.count, -1)
+        out[rows] = _decode(scaled[rows], cache, group, shape, softcap).view(group.count, -1)
     for chunk in batch.prefill:
         rows = slice(chunk.first, chunk.first + chunk.count)
-        _prefill(scaled[rows], cache, chunk, shape, out[rows])
+        _prefill(scaled[rows], cache, chunk, shape, out[rows], softcap)
     return out
 
 
-def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, shape: CacheShape) -> Tensor:
+def _decode(
+    queries: Tensor, cache: Tensor, group: DecodeGroup, shape: CacheShape, softcap: float | None
+) -> Tensor:
     """queries [count, heads, head_dim], contiguous and scaled -> the same shape."""
     count, heads, head_dim = queries.shape
     keys, dtype = group.bias.shape[2], group.bias.dtype
@@ -55,13 +63,18 @@ def _decode(queries: Tensor, cache: Tensor, group: DecodeGroup, shape: CacheShap
     gathered = cache.index_select(0, group.blocks).to(dtype).view(2, pairs, keys, head_dim)
     q = queries.view(pairs, heads // shape.kv_heads, head_dim).to(dtype)
     scores = torch.bmm(q, gathered[0].transpose(1, 2)).view(count, heads, keys)
-    weights = scores.add_(group.bias).softmax(-1)
+    weights = _cap_(scores, softcap).add_(group.bias).softmax(-1)
     out = torch.bmm(weights.view(pairs, -1, keys), gathered[1])
     return out.to(queries.dtype).view(count, heads, head_dim)
 
 
 def _prefill(
-    queries: Tensor, cache: Tensor, chunk: PrefillChunk, shape: CacheShape, out: Tensor
+    queries: Tensor,
+    cache: Tensor,
+    chunk: PrefillChunk,
+    shape: CacheShape,
+    out: Tensor,
+    softcap: float | None,
 ) -> None:
     """queries [count, heads, head_dim], scaled -> out [count, heads * head_dim]."""
     count, heads, head_dim = queries.shape
@@ -79,8 +92,12 @@ def _prefill(
         q = padded[:, :, tile.first : tile.first + tile.padded]
         q = q.reshape(shape.kv_heads, group * tile.padded, head_dim)
         scores = torch.bmm(q, keys[:, seen].transpose(1, 2))
-        by_query = scores.view(shape.kv_heads * group, tile.padded, -1)
+        by_query = _cap_(scores, softcap).view(shape.kv_heads * group, tile.padded, -1)
         by_query[..., -tile.edge.shape[1] :].add_(tile.edge)
         attended = torch.bmm(scores.softmax(-1), values[:, seen])
         attended = attended.view(shape.kv_heads, group, tile.padded, head_dim)
         out[tile.first : tile.first + tile.count] = attended[:, :, : tile.count].permute(2, 0, 1, 3)
+
+
+def _cap_(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)

@@ -240,6 +240,13 @@ class Program:
         self._add(_Op(_Code.TAKE))
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """What the operations read that is the same in every step, by its place in the program."""
+        caches = {op.cache for op in self._ops}
+        kept = ((place, tensor) for place, tensor in enumerate(self._kept))
+        return {str(place): t for place, t in kept if t.data_ptr() not in caches}
+
+    @property
     def operations(self) -> list[str]:
         """A name for each operation: what it does, and to which buffer."""
         return [

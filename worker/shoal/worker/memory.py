@@ -1,13 +1,14 @@
 """The one account of memory: what the engine allocates by and what its start log prints."""
 
 from dataclasses import dataclass
+from math import prod
 
 from shoal.kernels.paged import QUERY_TILE
 from shoal.kernels.quant import GROUP
 from shoal.worker.config import EngineConfig
-from shoal.worker.model.loader import expected_shapes
 from shoal.worker.model.precision import Precision
 from shoal.worker.model.spec import DecoderSpec
+from shoal.worker.model.weight_map import Role, tensors
 
 DEFAULT_KV_ROOM = 4 << 30
 _MIB = 1 << 20
@@ -120,15 +121,15 @@ def plan_memory(
 
 def _weights(spec: DecoderSpec, precision: Precision, *, packed_int8: bool) -> int:
     """Packed matrices, float32 norms, and the embedding, which is looked up unpacked."""
-    elements = {name: _product(shape) for name, shape in expected_shapes(spec).items()}
-    norms = sum(size for name, size in elements.items() if "norm" in name)
-    embedding = spec.vocab_size * spec.hidden_size
-    packed = sum(elements.values()) - norms - embedding
+    sizes = dict.fromkeys(Role, 0)
+    for tensor in tensors(spec):
+        sizes[tensor.role] += prod(tensor.shape)
+    packed = sizes[Role.MATRIX] + sizes[Role.BIAS] + sizes[Role.SUMMED_BIAS]
     if spec.tied_embeddings:
-        packed += embedding
+        packed += spec.vocab_size * spec.hidden_size
     # A group of int8 codes has a float32 scale and an int32 sum.
     matrices = packed * (GROUP + 8) // GROUP if packed_int8 else packed * precision.compute.itemsize
-    return 4 * norms + matrices + embedding * precision.weights.itemsize
+    return 4 * sizes[Role.NORM] + matrices + sizes[Role.EMBEDDING] * precision.weights.itemsize
 
 
 def _activations(
@@ -139,6 +140,10 @@ def _activations(
     item = precision.compute.itemsize
     heads = spec.num_heads + 2 * spec.num_kv_heads
     mlp = 2 * spec.intermediate_size * item
+    if (experts := spec.experts) is not None:
+        # One expert at a time, at worst of all tokens, beside the sum that it is added to.
+        inner = max(experts.inner, experts.shared_inner or 0)
+        mlp = max(mlp, 2 * inner * item + spec.hidden_size * (4 + 4 + item))
     attention = (2 * heads + spec.num_heads) * spec.head_dim * item
     rotated = 2 * 4 * (heads - spec.num_kv_heads) * spec.head_dim
     per_token = spec.hidden_size * (4 + 4 + 2 * item) + max(mlp, attention + rotated)
@@ -158,13 +163,6 @@ def _workspace(
     spec: DecoderSpec, config: EngineConfig, max_model_len: int, per_sequence: int
 ) -> int:
     state = 8 * config.max_num_seqs * (max_model_len + 1 + per_sequence)
-    rope = 8 * max_model_len * spec.rope.rotary_dim // 2
+    rope = sum(8 * max_model_len * rope.rotary_dim // 2 for rope in spec.ropes)
     rows = min(config.max_num_seqs, config.max_batched_tokens) + LOGIT_ROWS
     return state + rope + SAMPLER_COPIES * 4 * rows * spec.vocab_size
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result

@@ -8,7 +8,7 @@ quantized type by the `gguf` package, whose import takes longer than this file's
 import mmap
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from shoal.worker.gguf_header import GgufHeader, GgufTensor, InvalidGguf, read_header
 from shoal.worker.model.weights import WeightError
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 # ggml type -> torch dtype, of tensors that are not quantized
 _PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
@@ -43,24 +45,24 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-ROPE_FACTORS = "rope_freqs.weight"  # belongs to the spec, see shoal.worker.model.spec
+ROPE_FACTORS = "rope_freqs.weight"  # belongs to the spec, see shoal.worker.model.gguf_spec
 
 
 class GgufSource:
     """The tensors of one GGUF file."""
 
-    interleaved_rope = True
-
-    def __init__(self, path: Path) -> None:
-        """Reads the header. Raises WeightError where the file is no GGUF or is shorter than its
-        tensors need."""
+    def __init__(self, path: Path, *, whole: bool = True) -> None:
+        """Reads the header; `whole`: all of the file will be read soon. Raises WeightError where
+        the file is no GGUF or is shorter than its tensors need."""
         self.origin = str(path)
+        self.bytes_read = 0
         try:
             self.header: GgufHeader = read_header(path)
         except InvalidGguf as error:
             raise WeightError(str(error)) from error
         self._map = np.memmap(path, np.uint8, mode="r")
-        self._map._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]  # numpy's stubs
+        if whole:
+            self._map._mmap.madvise(mmap.MADV_WILLNEED)  # type: ignore[attr-defined]  # numpy's
         self._tensors: dict[str, GgufTensor] = {}
         for tensor in self.header.tensors:
             self._check_extent(tensor)
@@ -79,8 +81,30 @@ class GgufSource:
 
     def read(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        shape = tensor.shape[::-1]
-        raw = self._map[tensor.offset : tensor.offset + self._nbytes(tensor)]
+        return self._decoded(tensor, self._stored(tensor), tensor.shape[::-1])
+
+    def read_runs(self, name: str, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
+        tensor = self._tensors[name]
+        shape = list(tensor.shape[::-1])
+        elements, size = self._block(tensor)
+        # [rows, blocks, bytes]: a block lies along the last dimension
+        blocks = self._stored(tensor).reshape(-1, shape[-1] // elements, size)
+        along = 1 if dim == len(shape) - 1 else 0
+        unit = elements if along else prod(shape[1:-1])
+        if any(border % unit for run in runs for border in run):
+            whole = self.read(name)
+            return torch.cat([whole.narrow(dim, first, end - first) for first, end in runs], dim)
+        taken = [blocks[(slice(None),) * along + (slice(f // unit, e // unit),)] for f, e in runs]
+        shape[dim] = sum(end - first for first, end in runs)
+        raw = np.concatenate(taken, axis=along) if len(taken) > 1 else taken[0]
+        return self._decoded(tensor, np.ascontiguousarray(raw).reshape(-1), tuple(shape))
+
+    def _stored(self, tensor: GgufTensor) -> Bytes:
+        return self._map[tensor.offset : tensor.offset + self._nbytes(tensor)]
+
+    def _decoded(self, tensor: GgufTensor, raw: Bytes, shape: tuple[int, ...]) -> Tensor:
+        """raw: whole rows, or whole blocks of every row, as stored."""
+        self.bytes_read += raw.nbytes
         if tensor.ggml_type in _PLAIN:
             return _borrow(raw).view(_PLAIN[tensor.ggml_type]).view(shape)
         if tensor.ggml_type in _BLOCKS:
@@ -103,16 +127,20 @@ class GgufSource:
             )
 
     def _nbytes(self, tensor: GgufTensor) -> int:
-        kind = tensor.ggml_type
-        if kind in _PLAIN:
-            return prod(tensor.shape) * _PLAIN[kind].itemsize
-        elements, size = _BLOCKS.get(kind) or self._foreign_block(tensor)
+        elements, size = self._block(tensor)
         if tensor.shape[0] % elements:
             raise WeightError(
                 f"{self.origin}: tensor {tensor.name} has rows of {tensor.shape[0]} elements, "
                 f"expected a multiple of its type's block of {elements}"
             )
         return prod(tensor.shape) // elements * size
+
+    def _block(self, tensor: GgufTensor) -> tuple[int, int]:
+        """(elements, bytes) of what the tensor is made of."""
+        kind = tensor.ggml_type
+        if kind in _PLAIN:
+            return 1, _PLAIN[kind].itemsize
+        return _BLOCKS.get(kind) or self._foreign_block(tensor)
 
     def _foreign_block(self, tensor: GgufTensor) -> tuple[int, int]:
         """(elements, bytes) of a block of a type that the `gguf` package dequantizes."""
@@ -138,7 +166,7 @@ def _hugging_face_name(name: str) -> str:
     return f"{_TOP[part]}.{kind}" if part in _TOP else name
 
 
-def _borrow(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+def _borrow(raw: Bytes) -> Tensor:
     """The file's own pages as a tensor, which nobody writes to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")

@@ -3,33 +3,49 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shoal.kernels.experts import Routing
 from shoal.kernels.linear import PackedLinear
 from shoal.kernels.quant import Int8Weight
-from shoal.kernels.rope import interleave_halves
-from shoal.worker.model.decoder import Decoder, DecoderLayer
+from shoal.worker.model.decoder import Decoder, Reduce, alone
 from shoal.worker.model.gguf import GgufSource
+from shoal.worker.model.gguf_spec import spec_from_gguf
+from shoal.worker.model.hugging_face import spec_from_hugging_face
+from shoal.worker.model.layers import (
+    DecoderLayer,
+    ExpertsMlp,
+    GatedMlp,
+    Heads,
+    LatentHeads,
+    Mlp,
+    Norm,
+    PlainMlp,
+    ProjectedHeads,
+)
 from shoal.worker.model.precision import Precision
+from shoal.worker.model.reader import (
+    Checkpoint,
+    Clock,
+    ExpertWeights,
+    HeadWeights,
+    LatentWeights,
+    LayerWeights,
+    Matrix,
+    MlpWeights,
+    NormWeights,
+    WeightReader,
+)
 from shoal.worker.model.safetensors import SafetensorsSource
-from shoal.worker.model.spec import DecoderSpec, spec_from_gguf, spec_from_hugging_face
-from shoal.worker.model.weights import WeightError, WeightSource
+from shoal.worker.model.spec import DecoderSpec, ExpertsSpec, LayerSpec, Scoring
+from shoal.worker.model.weights import WeightError
 
-Clock = Callable[[], float]
 Quantize = Callable[[Tensor], Int8Weight]
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A checkpoint whose tables were read, not yet its weights."""
-
-    spec: DecoderSpec
-    source: WeightSource
 
 
 @dataclass(slots=True)
@@ -40,19 +56,26 @@ class LoadTimes:
     pack: float = 0.0
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Reads what a model is. Raises WeightError (UnsupportedModel for what Shoal does not have)."""
+def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
+    """Reads what a model is; `whole`: all weights will be read, not a rank's. Raises WeightError (UnsupportedModel for what Shoal does not have)."""
     if path.is_file():
-        gguf = GgufSource(path)
+        gguf = GgufSource(path, whole=whole)
         spec = spec_from_gguf(gguf.header.metadata, gguf.shapes, gguf.rope_factors())
         return Checkpoint(spec, gguf)
-    if not path.is_dir():
-        raise WeightError(f"{path} is neither a .gguf file nor a folder")
-    config = _read_json(path / "config.json")
-    if config is None:
-        raise WeightError(f"{path} has no config.json, expected it beside *.safetensors")
+    config = read_config(path)
     spec = spec_from_hugging_face(config, _read_json(path / "generation_config.json"))
-    return Checkpoint(spec, SafetensorsSource(path))
+    source = SafetensorsSource(path)
+    return Checkpoint(replace(spec, names=spec.names.fitted(source.shapes)), source)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A checkpoint's config.json. Raises WeightError where there is none."""
+    if not folder.is_dir():
+        raise WeightError(f"{folder} is neither a .gguf file nor a folder")
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise WeightError(f"{folder} has no config.json, expected it beside *.safetensors")
+    return config
 
 
 def load_decoder(
@@ -60,6 +83,7 @@ def load_decoder(
     precision: Precision,
     clock: Clock = time.perf_counter,
     quantize: Quantize | None = None,
+    reduce: Reduce = alone,
 ) -> tuple[Decoder, LoadTimes]:
     """Reads every tensor once, rounds it to the precision and packs it; originals are let go.
     With `quantize` matrices have the values that it leaves, in the precision's weights.
@@ -68,167 +92,127 @@ def load_decoder(
     shape, before any is read.
     """
     read = WeightReader(checkpoint, precision, clock)
-    times = LoadTimes()
+    pack = Packer(checkpoint.spec, precision, clock, quantize)
+    embedding = read.embedding()
+    layers = tuple(
+        pack.layer(layer, read.layer(index)) for index, layer in enumerate(checkpoint.spec.layers)
+    )
+    decoder = Decoder(
+        spec=checkpoint.spec,
+        precision=precision,
+        embedding=embedding,
+        positions=read.positions(),
+        layers=layers,
+        norm=pack.norm(read.norm()),
+        head=pack.linear(read.head(embedding)),
+        reduce=reduce,
+    )
+    return decoder, LoadTimes(read.seconds, pack.seconds)
 
-    def pack(matrix: Matrix) -> PackedLinear:
-        started = clock()
+
+class Packer:
+    """Makes a decoder's parts of weights as read. `seconds`: what packing took so far."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        precision: Precision,
+        clock: Clock = time.perf_counter,
+        quantize: Quantize | None = None,
+    ) -> None:
+        self.seconds = 0.0
+        self._spec = spec
+        self._compute = precision.compute
+        self._clock = clock
+        self._quantize = quantize
+        self._eps = torch.tensor(spec.norm_eps)
+
+    def linear(self, matrix: Matrix, *, plain: bool = False) -> PackedLinear:
+        """`plain`: of a matrix that is small and decides much, and is not quantized."""
+        started = self._clock()
         weight, bias = matrix
-        if quantize is not None:
-            weight = quantize(weight).dequantized()
-        compute = precision.compute
-        packed = PackedLinear(weight.to(compute), None if bias is None else bias.to(compute))
-        times.pack += clock() - started
+        if self._quantize is not None and not plain:
+            weight = self._quantize(weight).dequantized()
+        packed = PackedLinear(
+            weight.to(self._compute), None if bias is None else bias.to(self._compute)
+        )
+        self.seconds += self._clock() - started
         return packed
 
-    def layer(index: int) -> DecoderLayer:
-        read_layer = read.layer(index)
+    def norm(self, weights: NormWeights) -> Norm:
+        return Norm(self._spec.norm, weights.weight, weights.bias, self._eps)
+
+    def layer(self, spec: LayerSpec, weights: LayerWeights) -> DecoderLayer:
         return DecoderLayer(
-            attention_norm=read_layer.attention_norm,
-            qkv=pack(read_layer.qkv),
-            output=pack(read_layer.output),
-            mlp_norm=read_layer.mlp_norm,
-            gate=pack(read_layer.gate),
-            up=pack(read_layer.up),
-            down=pack(read_layer.down),
+            spec=spec,
+            attention_norm=self._maybe_norm(weights.attention_norm),
+            heads=self._heads(weights.heads),
+            output=self.linear(weights.output),
+            attention_post_norm=self._maybe_norm(weights.attention_post_norm),
+            mlp_norm=self._maybe_norm(weights.mlp_norm),
+            mlp=self._mlp(weights.mlp),
+            mlp_post_norm=self._maybe_norm(weights.mlp_post_norm),
         )
 
-    embedding = read.embedding()
-    layers = tuple(layer(index) for index in range(checkpoint.spec.num_layers))
-    norm = read.norm()
-    head = pack((read.head(embedding), None))
-    times.load = read.seconds
-    return Decoder(checkpoint.spec, precision, embedding, layers, norm, head), times
+    def _maybe_norm(self, weights: NormWeights | None) -> Norm | None:
+        return None if weights is None else self.norm(weights)
 
-
-def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model by name."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (spec.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, hidden)
-    projections = (
-        ("self_attn.q_proj", queries, hidden, spec.attention_bias),
-        ("self_attn.k_proj", keys, hidden, spec.attention_bias),
-        ("self_attn.v_proj", keys, hidden, spec.attention_bias),
-        ("self_attn.o_proj", hidden, queries, spec.output_bias),
-        ("mlp.gate_proj", inner, hidden, spec.mlp_bias),
-        ("mlp.up_proj", inner, hidden, spec.mlp_bias),
-        ("mlp.down_proj", hidden, inner, spec.mlp_bias),
-    )
-    for index in range(spec.num_layers):
-        prefix = f"model.layers.{index}."
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{name}.weight"] = (hidden,)
-        for name, rows, columns, bias in projections:
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-    return shapes
-
-
-def _check(spec: DecoderSpec, source: WeightSource) -> None:
-    expected = expected_shapes(spec)
-    for name, shape in expected.items():
-        found = source.shapes.get(name)
-        if found is None:
-            raise WeightError(f"{source.origin}: tensor {name} {list(shape)} is missing")
-        if found != shape:
-            raise WeightError(
-                f"{source.origin}: tensor {name} is {list(found)}, expected {list(shape)}"
-            )
-    for name in source.shapes:
-        # Old checkpoints store the rotary frequencies, and some the tied output a second time.
-        derived = name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
-        if name not in expected and not derived:
-            raise WeightError(
-                f"{source.origin}: tensor {name} {list(source.shapes[name])} is not known to "
-                f"{spec.architecture}, expected {len(expected)} others"
-            )
-
-
-Matrix = tuple[Tensor, Tensor | None]  # weight [outputs, inputs], bias [outputs]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One layer as read: norms in float32, matrices in the precision's weights."""
-
-    attention_norm: Tensor  # [hidden]
-    qkv: Matrix  # hidden -> (heads + 2 * kv_heads) * head_dim, rotary pairs interleaved
-    output: Matrix
-    mlp_norm: Tensor  # [hidden]
-    gate: Matrix
-    up: Matrix
-    down: Matrix
-
-
-class WeightReader:
-    """Reads a checkpoint's tensors, each a copy of its own. `seconds`: what reading took so far.
-
-    Raises WeightError that names the first tensor that is missing, not known, or of a wrong
-    shape, before any is read.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, clock: Clock) -> None:
-        self.seconds = 0.0
-        self._spec = checkpoint.spec
-        self._source = checkpoint.source
-        self._dtype = precision.weights
-        self._clock = clock
-        _check(self._spec, self._source)
-
-    def embedding(self) -> Tensor:
-        """[vocab, hidden]"""
-        return self._read("model.embed_tokens.weight", self._dtype)
-
-    def norm(self) -> Tensor:
-        """The last norm's weight, [hidden] float32."""
-        return self._read("model.norm.weight", torch.float32)
-
-    def head(self, embedding: Tensor) -> Tensor:
-        """[vocab, hidden]: the embedding itself where they are tied."""
-        return (
-            embedding if self._spec.tied_embeddings else self._read("lm_head.weight", self._dtype)
-        )
-
-    def layer(self, index: int) -> LayerWeights:
-        spec, prefix = self._spec, f"model.layers.{index}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        return LayerWeights(
-            attention_norm=self._read(f"{prefix}input_layernorm.weight", torch.float32),
-            qkv=self._qkv(attention),
-            output=self._matrix(f"{attention}o_proj", spec.output_bias),
-            mlp_norm=self._read(f"{prefix}post_attention_layernorm.weight", torch.float32),
-            gate=self._matrix(f"{mlp}gate_proj", spec.mlp_bias),
-            up=self._matrix(f"{mlp}up_proj", spec.mlp_bias),
-            down=self._matrix(f"{mlp}down_proj", spec.mlp_bias),
-        )
-
-    def _qkv(self, prefix: str) -> Matrix:
+    def _heads(self, weights: HeadWeights | LatentWeights) -> Heads:
         spec = self._spec
-        kinds = ("weight", "bias") if spec.attention_bias else ("weight",)
-        joined = []
-        for kind in kinds:
-            q, k, v = (self._read(f"{prefix}{part}_proj.{kind}", self._dtype) for part in "qkv")
-            if not self._source.interleaved_rope:
-                q = interleave_halves(q, spec.num_heads, spec.rope.rotary_dim)
-                k = interleave_halves(k, spec.num_kv_heads, spec.rope.rotary_dim)
-            joined.append(torch.cat((q, k, v)))
-        return joined[0], joined[1] if spec.attention_bias else None
+        if isinstance(weights, HeadWeights):
+            return ProjectedHeads(
+                spec, self.linear(weights.qkv), weights.query_norm, weights.key_norm
+            )
+        assert spec.latent is not None, "latent weights have a spec"
+        down = weights.query_down
+        return LatentHeads(
+            spec,
+            spec.latent,
+            query_down=None if down is None else self.linear(down),
+            query_norm=weights.query_norm,
+            query_up=self.linear(weights.query_up),
+            kv_down=self.linear(weights.kv_down),
+            kv_norm=weights.kv_norm,
+            kv_up=self.linear(weights.kv_up),
+        )
 
-    def _matrix(self, name: str, bias: bool) -> Matrix:
-        weight = self._read(f"{name}.weight", self._dtype)
-        return weight, self._read(f"{name}.bias", self._dtype) if bias else None
+    def _mlp(self, weights: MlpWeights | ExpertWeights) -> Mlp:
+        if isinstance(weights, ExpertWeights):
+            assert self._spec.experts is not None, "layers with experts have a spec of them"
+            gate = weights.shared_gate
+            return ExpertsMlp(
+                router=self.linear(weights.router, plain=True),
+                correction=weights.correction,
+                routing=routing(self._spec.experts),
+                experts=tuple(self._gated(expert) for expert in weights.experts),
+                shared=None if weights.shared is None else self._gated(weights.shared),
+                shared_gate=None if gate is None else self.linear(gate, plain=True),
+            )
+        if weights.gate is None:
+            activation = self._spec.activation.value
+            return PlainMlp(self.linear(weights.up), self.linear(weights.down), activation)
+        return self._gated(weights)
 
-    def _read(self, name: str, dtype: torch.dtype) -> Tensor:
-        started = self._clock()
-        tensor = self._source.read(name).to(dtype, copy=True)
-        self.seconds += self._clock() - started
-        return tensor
+    def _gated(self, weights: MlpWeights) -> GatedMlp:
+        assert weights.gate is not None, "a gated MLP has a gate"
+        return GatedMlp(
+            self.linear(weights.gate),
+            self.linear(weights.up),
+            self.linear(weights.down),
+            self._spec.activation.value,
+        )
+
+
+def routing(experts: ExpertsSpec) -> Routing:
+    return Routing(
+        per_token=experts.per_token,
+        sigmoid=experts.scoring is Scoring.SIGMOID,
+        renormalize=experts.renormalize,
+        scale=experts.scale,
+        groups=experts.groups,
+        groups_kept=experts.groups_kept,
+        group_best=experts.group_best,
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -18,17 +19,19 @@ from shoal.kernels.native import (
     interleave_gate,
     unavailable,
 )
-from shoal.kernels.rope import rope_table
-from shoal.worker.model.loader import (
+from shoal.worker.model.loader import LoadTimes, Quantize
+from shoal.worker.model.precision import Precision
+from shoal.worker.model.reader import (
     Checkpoint,
     Clock,
+    HeadWeights,
     LayerWeights,
-    LoadTimes,
-    Quantize,
+    MlpWeights,
+    NormWeights,
     WeightReader,
 )
-from shoal.worker.model.precision import Precision
-from shoal.worker.model.spec import DecoderSpec
+from shoal.worker.model.rope import RopeSpec
+from shoal.worker.model.spec import Activation, DecoderSpec, NormKind, Residual
 
 _GATE_ROWS = 16
 
@@ -39,22 +42,53 @@ def unfit(spec: DecoderSpec, precision: Precision, block_size: int) -> str | Non
         return why
     if precision.name != "bfloat16":
         return f"dtype is {precision.name}, and step programs compute in bfloat16"
+    if (what := _foreign(spec)) is not None:
+        return f"step programs do not know {what}"
     if spec.intermediate_size % _GATE_ROWS:
         return f"intermediate size {spec.intermediate_size} is no multiple of {_GATE_ROWS}"
     return geometry(spec, block_size).unfit()
 
 
+def _foreign(spec: DecoderSpec) -> str | None:
+    """What the model has that step programs do not; None where they know all of it."""
+    known = (
+        ("norms other than RMS norm", spec.norm in (NormKind.RMS, NormKind.RMS_PLUS_ONE)),
+        ("norms behind attention or MLP", spec.pre_norm and not spec.post_norm),
+        ("a parallel MLP", spec.residual is Residual.SEQUENTIAL),
+        ("norms of queries and keys", spec.qk_norm is None),
+        ("bounds on queries, keys and values", spec.clip_qkv is None),
+        ("an MLP without SiLU and gate", spec.gated and spec.activation is Activation.SILU),
+        ("experts", spec.experts is None),
+        ("latent attention", spec.latent is None),
+        ("soft caps", spec.attention_softcap is None and spec.logit_softcap is None),
+        ("scaled embeddings", spec.embedding_scale == 1.0),
+        ("scaled residuals", spec.residual_scale == 1.0),
+        ("scaled logits", spec.logit_scale == 1.0),
+        ("learned positions", spec.learned_positions is None),
+        ("layers without rotation", all(layer.rope is not None for layer in spec.layers)),
+        ("layers that differ in rotation or window", len(set(spec.layers)) == 1),
+    )
+    return next((what for what, fits in known if not fits), None)
+
+
 def geometry(spec: DecoderSpec, block_size: int) -> Geometry:
+    """Of a model whose layers are all alike."""
     return Geometry(
         hidden=spec.hidden_size,
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        rotary_dim=spec.rope.rotary_dim,
+        rotary_dim=_rope(spec).rotary_dim,
         block_size=block_size,
-        scale=spec.head_dim**-0.5,
-        window=spec.sliding_window,
+        scale=spec.score_scale,
+        window=spec.layers[0].window,
     )
+
+
+def _rope(spec: DecoderSpec) -> RopeSpec:
+    rope = spec.layers[0].rope
+    assert rope is not None, "step programs rotate in every layer"
+    return rope
 
 
 class NativeBackend:
@@ -85,21 +119,27 @@ class NativeBackend:
         self._team = Team(threads)
         self._clock = clock
         self._quantize = quantize
-        shape = geometry(spec, block_size)
-        self._caches = [shape.cache(num_blocks) for _ in range(spec.num_layers)]
-        turns = rope_table(spec.rope.inverse_frequencies(), max_model_len)
-        self._step = Program(shape, turns)
-        self._head = Program(shape, turns)
-        read = WeightReader(checkpoint, precision, clock)
+        self._precision = precision
+        self._geometry = geometry(spec, block_size)
+        self._caches = [self._geometry.cache(num_blocks) for _ in range(spec.num_layers)]
+        self._turns = _rope(spec).table(max_model_len)
+        self._buffers = _buffers(spec, max_tokens)
+        self._record_all(checkpoint)
+
+    def _record_all(self, checkpoint: Checkpoint) -> None:
+        """Reads the weights and makes the programs that compute with them."""
+        spec = self.spec
+        self._step = Program(self._geometry, self._turns)
+        self._head = Program(self._geometry, self._turns)
+        read = WeightReader(checkpoint, self._precision, self._clock)
         embedding = read.embedding()
         self._step.embed(embedding)
         for index, cache in enumerate(self._caches):
             self._record(read.layer(index), cache, last=index + 1 == spec.num_layers)
-        self._head.norm(read.norm(), spec.rms_eps)
-        head = self._pack(read.head(embedding), None)
+        self._head.norm(_weight(read.norm()), spec.norm_eps)
+        head = self._pack(*read.head(embedding))
         self._head.linear(head, Buffer.NORMED, Buffer.LOGITS, Into.FLOAT32)
         self.times.load = read.seconds
-        self._buffers = _buffers(spec, max_tokens)
 
     def forward(self, batch: FlatBatch, rows: Ints) -> Tensor:
         self._step.run(self._team, batch, rows, self._buffers)
@@ -118,33 +158,49 @@ class NativeBackend:
         for cache in self._caches:
             cache.index_fill_(0, which, 0.0)
 
+    def sibling(self, checkpoint: Checkpoint) -> "NativeBackend":
+        other = copy(self)
+        other.times = LoadTimes()
+        other._record_all(checkpoint)
+        return other
+
+    def weights(self) -> object:
+        return {"step": self._step.weights, "head": self._head.weights}
+
     def close(self) -> None:
         self._team.close()
         self._caches = []
 
     def _record(self, layer: LayerWeights, cache: Tensor, *, last: bool) -> None:
-        step, eps = self._step, self.spec.rms_eps
-        step.norm(layer.attention_norm, eps)
-        step.linear(self._pack(*layer.qkv), Buffer.NORMED, Buffer.HEADS, Into.BFLOAT16)
+        step, eps = self._step, self.spec.norm_eps
+        assert isinstance(layer.heads, HeadWeights) and isinstance(layer.mlp, MlpWeights)
+        step.norm(_weight(layer.attention_norm), eps)
+        step.linear(self._pack(*layer.heads.qkv), Buffer.NORMED, Buffer.HEADS, Into.BFLOAT16)
         step.rope_store(cache)
         step.attend(cache)
         if last:
             step.take()
         step.linear(self._pack(*layer.output), Buffer.ATTENDED, Buffer.RESIDUAL, Into.ADD)
-        step.norm(layer.mlp_norm, eps)
-        (gate, gate_bias), (up, up_bias) = layer.gate, layer.up
+        step.norm(_weight(layer.mlp_norm), eps)
+        assert layer.mlp.gate is not None, "step programs have gated MLPs"
+        (gate, gate_bias), (up, up_bias) = layer.mlp.gate, layer.mlp.up
         bias = None
         if gate_bias is not None and up_bias is not None:
             bias = interleave_gate(gate_bias, up_bias)
         inner = self._pack(interleave_gate(gate, up), bias)
         step.linear(inner, Buffer.NORMED, Buffer.INNER, Into.GATED)
-        step.linear(self._pack(*layer.down), Buffer.INNER, Buffer.RESIDUAL, Into.ADD)
+        step.linear(self._pack(*layer.mlp.down), Buffer.INNER, Buffer.RESIDUAL, Into.ADD)
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         started = self._clock()
         packed = PackedWeight(self._quantize(weight) if self._quantize else weight, bias)
         self.times.pack += self._clock() - started
         return packed
+
+
+def _weight(norm: NormWeights | None) -> Tensor:
+    assert norm is not None and norm.weight is not None, "step programs norm before each part"
+    return norm.weight
 
 
 def _buffers(spec: DecoderSpec, rows: int) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Safetensors checkpoints, whole or in shards, read through memory maps."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class SafetensorsSource:
     """The tensors of a folder's `*.safetensors` files."""
 
-    interleaved_rope = False
-
     def __init__(self, folder: Path) -> None:
         """Opens every shard and reads its table. Raises WeightError where there is none, where
         one that the index names is missing, or where one is cut off."""
         self.origin = str(folder)
+        self.bytes_read = 0
         self._handles: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for file in _shards(folder):
@@ -34,7 +33,16 @@ class SafetensorsSource:
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._handles[name].get_tensor(name)
+        return self._checked(name, self._handles[name].get_tensor(name))
+
+    def read_runs(self, name: str, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
+        stored = self._handles[name].get_slice(name)
+        before = (slice(None),) * dim
+        parts = [stored[(*before, slice(first, end))] for first, end in runs]
+        return self._checked(name, parts[0] if len(parts) == 1 else torch.cat(parts, dim))
+
+    def _checked(self, name: str, tensor: Tensor) -> Tensor:
+        self.bytes_read += tensor.nbytes
         if tensor.dtype not in _FLOATS:
             kinds = ", ".join(str(kind).removeprefix("torch.") for kind in _FLOATS)
             found = str(tensor.dtype).removeprefix("torch.")

@@ -1,96 +1,133 @@
-"""What a decoder looks like, read from a Hugging Face config or from GGUF metadata."""
+"""What a decoder looks like: everything that tells one family from another, as data."""
 
-import math
-from collections.abc import Callable, Mapping
+import enum
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from shoal.worker.model.weights import WeightError
+from shoal.worker.model.names import LLAMA, Names
+from shoal.worker.model.rope import RopeSpec
+from shoal.worker.model.weights import UnsupportedModel
 
 
-class UnsupportedModel(WeightError):
-    """The model needs what Shoal does not have; the message names it and what there is."""
+class NormKind(enum.Enum):
+    """What is computed of each row before it is scaled by the norm's weights."""
+
+    RMS = enum.auto()
+    RMS_PLUS_ONE = enum.auto()  # weights are stored around zero (Gemma)
+    LAYER = enum.auto()  # centred, with a bias
+    LAYER_NO_BIAS = enum.auto()  # centred (Cohere)
+    BARE = enum.auto()  # centred, without weights (OLMo)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearScaling:
-    """All positions divided by `factor`."""
+class QkNorm(enum.Enum):
+    """What queries and keys are normed over before they are rotated."""
 
-    factor: float
-
-    def apply(self, frequencies: Tensor) -> Tensor:
-        return frequencies / self.factor
+    HEAD = enum.auto()  # each head by itself
+    ALL_HEADS = enum.auto()  # all heads of a token together
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones kept, a ramp between them (Llama 3.1)."""
+class Residual(enum.Enum):
+    """What the MLP of a layer reads."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
-
-    def apply(self, frequencies: Tensor) -> Tensor:
-        turns = self.original_positions * frequencies / (2 * math.pi)
-        span = self.high_freq_factor - self.low_freq_factor
-        kept = ((turns - self.low_freq_factor) / span).clamp(0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
+    SEQUENTIAL = enum.auto()  # the residual with attention added
+    PARALLEL = enum.auto()  # the residual that attention read, through a norm of its own
+    PARALLEL_SHARED = enum.auto()  # what attention read, normed once for both
 
 
-@dataclass(frozen=True, slots=True)
-class FactorScaling:
-    """Each inverse frequency divided by its own factor, as GGUF files store it."""
-
-    factors: tuple[float, ...]
-
-    def apply(self, frequencies: Tensor) -> Tensor:
-        return frequencies / torch.tensor(self.factors, dtype=frequencies.dtype)
+class Activation(enum.Enum):
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+    RELU_SQUARED = "relu_squared"
 
 
-RopeScaling = LinearScaling | Llama3Scaling | FactorScaling
+class Scoring(enum.Enum):
+    """How a router's logits become scores."""
+
+    SOFTMAX = enum.auto()
+    SIGMOID = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
-class RopeSpec:
-    """Rotary embedding of the first `rotary_dim` elements of every head."""
+class ExpertsSpec:
+    """A mixture of experts: each token goes through the `per_token` experts of highest score."""
 
-    theta: float
+    count: int
+    per_token: int
+    inner: int
+    renormalize: bool  # the chosen scores sum to one
+    scoring: Scoring = Scoring.SOFTMAX
+    scale: float = 1.0  # of the chosen scores
+    # Only experts of the `groups_kept` best of `groups` groups are chosen from. A group's score is
+    # the sum of its `group_best` best.
+    groups: int = 1
+    groups_kept: int = 1
+    group_best: int = 1
+    correction: bool = False  # a bias that is added for choosing, not for weighing
+    shared_inner: int | None = None  # of an expert that every token goes through
+    shared_gate: bool = False  # its output is weighed by the sigmoid of a row of its own
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2): keys and values are projections of one small
+    vector a token, beside one rotated key that all heads share."""
+
+    query_rank: int | None  # None: queries are projected from the hidden state at once
+    kv_rank: int
+    plain_dim: int  # of a head's query and key, not rotated
     rotary_dim: int
-    scaling: RopeScaling | None = None
+    value_dim: int
 
-    def inverse_frequencies(self) -> Tensor:
-        """[rotary_dim / 2] float64."""
-        exponents = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64) / self.rotary_dim
-        frequencies = self.theta**-exponents
-        return frequencies if self.scaling is None else self.scaling.apply(frequencies)
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """In what layers of one model may differ."""
+
+    rope: RopeSpec | None  # None: positions are not seen in this layer
+    window: int | None = None  # a token sees itself and the `window - 1` before it
+    experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderSpec:
-    """A decoder-only transformer: pre-norm, rotary attention, gated SiLU MLP."""
+    """A decoder-only transformer."""
 
     architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
+    layers: tuple[LayerSpec, ...]
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    rms_eps: float
-    rope: RopeSpec
+    norm_eps: float
     max_positions: int
     tied_embeddings: bool = False
+    norm: NormKind = NormKind.RMS
+    pre_norm: bool = True  # attention and MLP read a normed residual
+    post_norm: bool = False  # what they return is normed before it is added
+    residual: Residual = Residual.SEQUENTIAL
+    qk_norm: QkNorm | None = None
+    clip_qkv: float | None = None  # bound on the magnitude of queries, keys and values
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
-    sliding_window: int | None = None
+    head_bias: bool = False
+    activation: Activation = Activation.SILU
+    gated: bool = True  # act(gate(x)) * up(x), not act(up(x))
+    attention_scale: float | None = None  # of the scores; None: head_dim ** -0.5
+    attention_softcap: float | None = None  # scores are cap * tanh(score / cap)
+    logit_softcap: float | None = None
+    logit_scale: float = 1.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a layer adds to the residual
+    learned_positions: int | None = None  # rows of a table that is added to the embeddings
+    experts: ExpertsSpec | None = None
+    latent: LatentSpec | None = None
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    names: Names = LLAMA
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads")
@@ -101,160 +138,33 @@ class DecoderSpec:
             raise UnsupportedModel(
                 f"num_heads is {self.num_heads}, not a multiple of num_kv_heads {self.num_kv_heads}"
             )
-        if self.rope.rotary_dim % 2 or self.rope.rotary_dim > self.head_dim:
-            raise UnsupportedModel(
-                f"rotary_dim is {self.rope.rotary_dim}, expected an even number up to head_dim "
-                f"{self.head_dim}"
-            )
+        for rope in self.ropes:
+            if rope.rotary_dim % 2 or not 0 < rope.rotary_dim <= self.head_dim:
+                raise UnsupportedModel(
+                    f"rotary_dim is {rope.rotary_dim}, expected an even number up to head_dim "
+                    f"{self.head_dim}"
+                )
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
-def spec_from_hugging_face(
-    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
-) -> DecoderSpec:
-    """The spec of a `config.json`, with the end tokens of a `generation_config.json` added.
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The distinct rotary embeddings of all layers."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
 
-    Raises UnsupportedModel for an architecture, activation or rope scaling that is not known,
-    WeightError where a key is missing.
-    """
-    names = config.get("architectures") or ["(none named)"]
-    for name in names:
-        if name in _ARCHITECTURES:
-            break
-    else:
-        raise UnsupportedModel(
-            f"architecture {', '.join(names)} is not supported yet; known are "
-            + ", ".join(sorted(_ARCHITECTURES))
-        )
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(f"quantization_config.quant_method {method} is not supported yet")
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UnsupportedModel(f"hidden_act {activation} is not supported yet; known is silu")
-    heads = int(_need(config, "num_attention_heads"))
-    hidden = int(_need(config, "hidden_size"))
-    head_dim = int(config.get("head_dim") or hidden // heads)
-    ends = [*_ids(config.get("eos_token_id")), *_ids((generation or {}).get("eos_token_id"))]
-    return DecoderSpec(
-        architecture=name,
-        vocab_size=int(_need(config, "vocab_size")),
-        hidden_size=hidden,
-        intermediate_size=int(_need(config, "intermediate_size")),
-        num_layers=int(_need(config, "num_hidden_layers")),
-        num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=head_dim,
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-        rope=_hugging_face_rope(config, head_dim),
-        max_positions=int(_need(config, "max_position_embeddings")),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        eos_token_ids=tuple(dict.fromkeys(ends)),
-        bos_token_id=next(iter(_ids(config.get("bos_token_id"))), None),
-        **_ARCHITECTURES[name](config),
-    )
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows of all layers."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
-def spec_from_gguf(
-    metadata: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    rope_factors: tuple[float, ...] | None = None,
-) -> DecoderSpec:
-    """The spec of a GGUF file. `shapes` (by Hugging Face names) tells what metadata does not:
-    the vocabulary, biases and whether the output has weights of its own."""
-    family = metadata.get("general.architecture", "(none named)")
-    if family != "llama":
-        raise UnsupportedModel(
-            f"GGUF architecture {family} is not supported yet; known is llama "
-            "(Llama, Mistral, SmolLM2)"
-        )
-    if metadata.get("llama.expert_count"):
-        raise UnsupportedModel("llama.expert_count: mixtures of experts are not supported yet")
-    heads = int(_need(metadata, "llama.attention.head_count"))
-    hidden = int(_need(metadata, "llama.embedding_length"))
-    head_dim = int(metadata.get("llama.attention.key_length") or hidden // heads)
-    scaling: RopeScaling | None = None
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if rope_factors is not None:
-        scaling = FactorScaling(rope_factors)
-    elif kind == "linear":
-        scaling = LinearScaling(float(_need(metadata, "llama.rope.scaling.factor")))
-    elif kind != "none":
-        raise UnsupportedModel(f"llama.rope.scaling.type {kind} is not supported yet")
-    rotary = int(metadata.get("llama.rope.dimension_count") or head_dim)
-    embedding = shapes.get("model.embed_tokens.weight", (0, 0))
-    ends = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
-    return DecoderSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=embedding[0] or int(_need(metadata, "llama.vocab_size")),
-        hidden_size=hidden,
-        intermediate_size=int(_need(metadata, "llama.feed_forward_length")),
-        num_layers=int(_need(metadata, "llama.block_count")),
-        num_heads=heads,
-        num_kv_heads=int(metadata.get("llama.attention.head_count_kv") or heads),
-        head_dim=head_dim,
-        rms_eps=float(_need(metadata, "llama.attention.layer_norm_rms_epsilon")),
-        rope=RopeSpec(float(metadata.get("llama.rope.freq_base", 10_000.0)), rotary, scaling),
-        max_positions=int(_need(metadata, "llama.context_length")),
-        tied_embeddings="lm_head.weight" not in shapes,
-        attention_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
-        output_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
-        mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
-        sliding_window=metadata.get("llama.attention.sliding_window") or None,
-        eos_token_ids=tuple(dict.fromkeys(int(end) for end in ends if end is not None)),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-    )
-
-
-def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    bias = bool(config.get("attention_bias", False))
-    return {
-        "attention_bias": bias,
-        "output_bias": bias,
-        "mlp_bias": bool(config.get("mlp_bias", False)),
-    }
-
-
-def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"sliding_window": config.get("sliding_window") or None}
-
-
-# What each architecture adds to the keys that all share.
-_ARCHITECTURES: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-}
-
-
-def _hugging_face_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
-    """Rope from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10_000.0)
-    share = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    applied: RopeScaling | None = None
-    if kind == "linear":
-        applied = LinearScaling(float(_need(scaling, "factor")))
-    elif kind == "llama3":
-        applied = Llama3Scaling(
-            float(_need(scaling, "factor")),
-            float(_need(scaling, "low_freq_factor")),
-            float(_need(scaling, "high_freq_factor")),
-            int(_need(scaling, "original_max_position_embeddings")),
-        )
-    elif kind != "default":
-        raise UnsupportedModel(
-            f"rope scaling {kind} is not supported yet; known are default, linear, llama3"
-        )
-    return RopeSpec(theta, int(head_dim * share), applied)
-
-
-def _need(values: Mapping[str, Any], key: str) -> Any:
-    if values.get(key) is None:
-        raise WeightError(f"the model's configuration has no {key}")
-    return values[key]
-
-
-def _ids(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    @property
+    def value_dim(self) -> int:
+        """Elements of a head's value; the cache keeps `head_dim` for it."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
