@@ -108,6 +108,11 @@ def has_image(layout: Layout, name: str) -> bool:
     return name in ctr(layout, "images", "ls", "-q").split()
 
 
+def tag_image(layout: Layout, name: str, other: str) -> None:
+    """Another name for an image."""
+    ctr(layout, "images", "tag", "--force", name, other)
+
+
 def remove_containers(layout: Layout) -> None:
     """Kills and removes whatever still runs."""
     for kind, *how in (("tasks", "rm", "-f"), ("containers", "rm")):

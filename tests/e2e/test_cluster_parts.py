@@ -12,6 +12,7 @@ import pytest
 from e2e.cluster import binaries, kwok
 from e2e.cluster.archive import write_image
 from e2e.cluster.command import run, wait_for
+from e2e.cluster.document import commands
 from e2e.cluster.layout import ClusterError, Layout
 from e2e.cluster.load import Answer, Window
 from e2e.cluster.node import Claim
@@ -135,3 +136,30 @@ def _read(archive: tarfile.TarFile, name: str) -> bytes:
     found = archive.extractfile(name)
     assert found is not None
     return found.read()
+
+
+def test_commands_of_a_page_are_read_as_they_are_typed() -> None:
+    """Continued lines, quotes and documents belong to their command; output is no command."""
+    page = """\
+Do this:
+
+    kubectl get infs     # all
+    curl http://x -d '{
+      "a": 1}'
+
+    helm upgrade shoal \\
+      --wait -f - <<'YAML'
+    a: 1
+    YAML
+    kubectl get pods &
+
+and read:
+
+    Ready=True Serving
+"""
+    assert commands(page) == [
+        "kubectl get infs     # all",
+        "curl http://x -d '{\n  \"a\": 1}'",
+        "helm upgrade shoal \\\n  --wait -f - <<'YAML'\na: 1\nYAML",
+        "kubectl get pods &",
+    ]
