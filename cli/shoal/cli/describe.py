@@ -62,8 +62,16 @@ def _head(document: Mapping[str, Any], now: float) -> str:
             f"{wanted} wanted, {ready} ready, {routable} taking requests",
         ),
     ]
+    if start := status.get("coldStart"):
+        lines.append(("Last start", _start(start)))
     text = "\n".join(f"{key + ':':<12}{value}" for key, value in lines)
     return f"{text}\nSpec:\n{_indented(format_data(spec, 'yaml'))}"
+
+
+def _start(start: Mapping[str, Any]) -> str:
+    """Where the time went of the replica that was admitted last."""
+    parts = ", ".join(f"{part['phase']} {part['seconds']:.1f}" for part in start.get("phases", ()))
+    return f"{start['pod']} after {start['seconds']:.1f} s ({parts})"
 
 
 def _conditions(status: Mapping[str, Any], now: float) -> str:

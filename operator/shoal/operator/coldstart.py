@@ -9,7 +9,7 @@
 A process of one machine has no schedule and no image. Kubernetes tells times in whole seconds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
@@ -24,11 +24,14 @@ _WARM_UP: Final = "warm-up"
 class ColdStarts:
     """Which replicas have been admitted already, by service, in one process."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[ColdStartStatus], None] = lambda start: None) -> None:
+        """`tell` hears of each replica that is admitted for the first time."""
+        self._tell = tell
         self._known: dict[str, frozenset[str]] = {}
+        self._last: dict[str, ColdStartStatus] = {}
 
-    def look(self, key: str, observed: Observed, now: float) -> list[ColdStartStatus]:
-        """The replicas that are admitted for the first time. `now` in Unix seconds.
+    def look(self, key: str, observed: Observed, now: float) -> ColdStartStatus | None:
+        """The last start of the service that this process saw. `now` in Unix seconds.
 
         What a process finds admitted at its first look began at some other time, and a container
         that was started again says nothing about a start.
@@ -40,19 +43,22 @@ class ColdStarts:
         if known is None:
             known = frozenset(admitted)
         self._known[key] = (known & there) | admitted.keys()
-        found = (
-            cold_start(admitted[name], _startup(observed, name), now)
-            for name in sorted(admitted.keys() - known)
-        )
-        return [start for start in found if start is not None]
+        for name in sorted(admitted.keys() - known):
+            start = cold_start(admitted[name], _startup(observed, name), now)
+            if start is not None:
+                self._last[key] = start
+                self._tell(start)
+        return self._last.get(key)
 
     def forget(self, key: str) -> None:
         """The service is gone."""
         self._known.pop(key, None)
+        self._last.pop(key, None)
 
     def clear(self) -> None:
         """Somebody else looks from here on."""
         self._known.clear()
+        self._last.clear()
 
 
 def cold_start(

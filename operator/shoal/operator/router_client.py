@@ -9,6 +9,7 @@ import grpc
 
 from shoal.api.v1 import router_pb2, router_pb2_grpc
 from shoal.operator.autoscale_load import report_of
+from shoal.operator.coldstart import startup_parts
 from shoal.operator.observe import EndpointView, RouterView
 
 _CHANNEL_OPTIONS: Final = (
@@ -53,7 +54,13 @@ class RouterClient:
 
     def _view(self, load: router_pb2.ServiceLoad, reported: float | None) -> RouterView:
         endpoints = {
-            e.name: EndpointView(e.address, e.admitted, e.in_flight) for e in load.endpoints
+            e.name: EndpointView(
+                e.address,
+                e.admitted,
+                e.in_flight,
+                startup_parts({phase.name: phase.seconds for phase in e.startup}),
+            )
+            for e in load.endpoints
         }
         report = report_of(load, reported) if reported is not None else None
         said = load if reported is not None else None

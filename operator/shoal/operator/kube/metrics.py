@@ -9,7 +9,10 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from shoal.api.status import ColdStartStatus
+
 _BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+_START_BUCKETS: Final = (0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,23 @@ class OperatorMetrics:
         self._errors = Counter(
             "shoal_reconcile_errors", "Looks at a service that failed.", registry=self.registry
         )
+        self._starts = Histogram(
+            "shoal_cold_start_seconds",
+            "Parts of the time between a replica's creation and its first request.",
+            ["phase"],
+            buckets=_START_BUCKETS,
+            registry=self.registry,
+        )
         self._calls = Counter(
             "shoal_api_requests",
             "Calls to the API server; code 0 where no answer came in time.",
             ["verb", "code"],
             registry=self.registry,
         )
+
+    def started(self, start: ColdStartStatus) -> None:
+        for part in start.phases:
+            self._starts.labels(part.phase).observe(part.seconds)
 
     def reconciled(self, seconds: float) -> None:
         self._reconciles.observe(seconds)

@@ -24,6 +24,7 @@ from shoal.operator.actions import (
     SaveRevision,
     WriteRoutes,
 )
+from shoal.operator.coldstart import ColdStarts
 from shoal.operator.local.pods import Pods
 from shoal.operator.local.settings import Update
 from shoal.operator.local.store import Store
@@ -55,6 +56,7 @@ class Reconciler:
         self._resting: dict[str, tuple[object, float]] = {}
         self._scalers = Scalers()
         self._trials = Trials(LOCAL)
+        self._starts = ColdStarts()
 
     def reconcile(
         self,
@@ -80,7 +82,8 @@ class Reconciler:
             return False, []
         if observed is None:
             observed = replace(self._observe(name, claims, views), scaling=scaling)
-        observed = replace(observed, trial=trial)
+        start = self._starts.look(name, observed, now)
+        observed = replace(observed, trial=trial, cold_start=start)
         decided = plan(service, observed, now, LOCAL)
         for action in decided.actions:
             self._perform(name, action)
@@ -107,6 +110,7 @@ class Reconciler:
         self._store.forget(name)
         self._scalers.forget(name)
         self._trials.forget(name)
+        self._starts.forget(name)
         return True
 
     def _rests(self, name: str, inputs: object, now: float) -> bool:
