@@ -31,3 +31,9 @@ def kv() -> ModuleType:
 def models() -> ModuleType:
     """The module `model_zoo`: tiny random models, the real one, and transformers as oracle."""
     return _load("model_zoo")
+
+
+@pytest.fixture(scope="session")
+def groups() -> ModuleType:
+    """The module `rank_groups`: executors whose ranks are threads of this process."""
+    return _load("rank_groups")

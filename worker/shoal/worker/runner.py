@@ -225,11 +225,8 @@ def create_executor(
     precision = choose_precision(config.dtype)
     checkpoint = open_checkpoint(path)
     spec = checkpoint.spec
-    trained = spec.max_positions
-    max_model_len = config.max_model_len or min(trained, DEFAULT_MAX_MODEL_LEN)
-    if max_model_len > trained:
-        raise ValueError(f"max_model_len is {max_model_len}, the model's limit is {trained}")
-    quantize = _quantizer(spec, config)
+    max_model_len = longest_sequence(spec, config)
+    quantize = quantizer(spec, config)
     native = _runs_native(spec, precision, config)
     memory = plan_memory(
         spec, precision, config, max_model_len, available_memory(), resident_memory(), native=native
@@ -270,7 +267,15 @@ def create_executor(
     return executor
 
 
-def _quantizer(spec: DecoderSpec, config: EngineConfig) -> Quantize | None:
+def longest_sequence(spec: DecoderSpec, config: EngineConfig) -> int:
+    """Tokens of any sequence, at most. ValueError for more than the model was trained for."""
+    trained = spec.max_positions
+    if (config.max_model_len or 0) > trained:
+        raise ValueError(f"max_model_len is {config.max_model_len}, the model's limit is {trained}")
+    return config.max_model_len or min(trained, DEFAULT_MAX_MODEL_LEN)
+
+
+def quantizer(spec: DecoderSpec, config: EngineConfig) -> Quantize | None:
     """What `config.quantization` makes of a matrix; None: nothing. ValueError where it cannot."""
     if config.quantization not in QUANTIZATIONS:
         known = ", ".join(QUANTIZATIONS)

@@ -61,15 +61,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A rank's part. Heads, inner columns and rows of the vocabulary are those of its lane; rows
-    beyond the vocabulary are padding."""
+    """A rank's part. Heads and rows of the vocabulary are those of its lane; rows beyond the
+    vocabulary are padding."""
 
     place: Place
     layers: Span
     heads: Span
     kv_heads: Span
-    inner: Span
     vocab: Span
+    inner_units: tuple[int, ...]  # what inner sizes may be cut at multiples of, the best first
+
+    def inner(self, size: int) -> Span:
+        """The lane's part of the inner size of an MLP. Raises CannotSplit."""
+        lanes, units = self.place.lanes, self.inner_units
+        unit = next((u for u in units if size % u == 0 and size // u >= lanes), units[-1])
+        return split_evenly(size, lanes, unit, "the inner size of an MLP")[self.place.lane]
 
 
 def share(
@@ -79,12 +85,10 @@ def share(
     head_cost: float,
     heads: int,
     kv_heads: int,
-    inner: int,
     vocab: int,
-    inner_unit: int = 1,
+    inner_units: tuple[int, ...] = (16, 1),
 ) -> Share:
-    """The part of the rank at `place`. `inner_unit`: what the inner size is cut at multiples of.
-    Raises CannotSplit."""
+    """The part of the rank at `place`. Raises CannotSplit."""
     stages = split_layers(layer_costs, head_cost, place.stages)
     own_heads, own_kv = split_heads(heads, kv_heads, place.lanes)[place.lane]
     rows = -(-vocab // place.lanes)
@@ -93,8 +97,8 @@ def share(
         stages[place.stage],
         own_heads,
         own_kv,
-        split_evenly(inner, place.lanes, inner_unit, "the MLP's inner size")[place.lane],
         Span(place.lane * rows, (place.lane + 1) * rows),
+        inner_units,
     )
 
 
