@@ -181,6 +181,9 @@ class _Handler(BaseHTTPRequestHandler):
             state.put(path, {**current, "spec": spec})
             return self._json(200, {"spec": body["spec"]})
         current = state.objects.get(path)
+        if self.headers["Content-Type"] == "application/merge-patch+json":
+            assert current is not None and set(body) == {"metadata"}
+            return self._json(200, state.put(path, {**current, **body}))
         body["spec"].setdefault("replicas", 1)
         fields = {f"f:{name}": {} for name in body["spec"]}
         entry = {"manager": query["fieldManager"][0], "fieldsV1": {"f:spec": fields}}

@@ -245,3 +245,54 @@ def test_wait_does_not_hang_where_nothing_can_happen(world: Any) -> None:
     done = world.shoal("wait", "chat")
     assert (done.exit_code, "shoal up" in done.stderr) == (1, True)
     assert world.shoal("wait", "chat", "--for=jsonpath=x").exit_code == 2
+
+
+def test_promote_writes_one_annotation(served: Any) -> None:
+    """The spec, its generation and other annotations stay; the status says which step."""
+    served.shoal("apply", "-f", served.write())
+    served.store.patch("chat", {"metadata": {"annotations": {"team": "fish"}}})
+    served.status()
+    done = served.shoal("promote", "chat")
+    assert done.exit_code == 1
+    assert "no canary is under way" in done.stderr
+    status = served.store.status("chat") | {"canary": {"revision": "r2", "weight": 5, "step": 0}}
+    served.store.write_status("chat", status)
+    assert "may pass step 0" in served.shoal("promote", "chat").stdout
+    metadata = served.store.get("chat").metadata
+    assert metadata.annotations == {"team": "fish", "serving.shoal.dev/promote": "r2:0"}
+    assert metadata.generation == 1
+
+
+def test_promote_of_nothing_names_what_there_is(served: Any) -> None:
+    """An unknown service is an error with the known names."""
+    served.shoal("apply", "-f", served.write())
+    done = served.shoal("promote", "chta")
+    assert done.exit_code == 1
+    assert '"chta" not found; there are: chat' in done.stderr
+
+
+OLD, NEW, OLDER = "aaaaaaaaaa", "bbbbbbbbbb", "cccccccccc"
+
+
+@pytest.mark.parametrize(
+    "active, previous, back",
+    [(NEW, OLD, OLD), (OLD, OLDER, OLD)],
+    ids=["after a rollout", "in the middle of one"],
+)
+def test_rollback_names_the_revision_that_served(
+    served: Any, active: str, previous: str, back: str
+) -> None:
+    """The one before; in the middle of a rollout the one that serves. Forward by --undo."""
+    served.shoal("apply", "-f", served.write())
+    served.status()
+    assert "no earlier revision" in served.shoal("rollback", "chat").stderr
+    seen = {"activeRevision": active, "previousRevision": previous, "specRevision": NEW}
+    served.store.write_status("chat", served.store.status("chat") | seen)
+    assert f"back to revision {back}" in served.shoal("rollback", "chat").stdout
+    wish = served.store.get("chat").spec.rollout.rollback_to
+    assert (wish.revision, wish.instead_of) == (back, NEW)
+    assert served.shoal("rollback", "chat", "--undo", "--to", OLDER).exit_code == 1
+    assert "follows its spec" in served.shoal("rollback", "chat", "--undo").stdout
+    assert served.store.get("chat").spec.rollout.rollback_to is None
+    served.shoal("rollback", "chat", "--to", OLDER)
+    assert served.store.get("chat").spec.rollout.rollback_to.revision == OLDER

@@ -308,6 +308,16 @@ def test_top_without_a_router(cluster: Cluster) -> None:
     assert cluster.server.calls[-1][1] == "/api/v1/namespaces/shoal-system/pods"
 
 
+def test_promote_names_the_revision_and_the_step(cluster: Cluster) -> None:
+    """What a person lets pass is written down for this revision and this step alone."""
+    path = cluster.server.service(canary={"revision": "abc1234567", "weight": 5, "step": 1})
+    done = cluster.shoal("promote", "chat")
+    assert done.stdout == f"{PREFIX}/chat: revision abc1234567 may pass step 1\n"
+    metadata = cluster.server.objects[path]["metadata"]
+    assert metadata["annotations"] == {"serving.shoal.dev/promote": "abc1234567:1"}
+    assert metadata["generation"] == 1
+
+
 # Where a command looks.
 
 

@@ -160,6 +160,9 @@ class InferenceServiceStatus(ApiModel):
     url: str | None = Field(
         default=None, description="Base URL of the OpenAI API that serves the model."
     )
+    spec_revision: str | None = Field(
+        default=None, description="Revision that the spec describes."
+    )
     active_revision: str | None = Field(default=None, description="Revision that serves.")
     previous_revision: str | None = Field(default=None, description="Revision that served before.")
     canary: CanaryStatus | None = Field(default=None, description="The canary under way, if any.")

@@ -90,6 +90,10 @@ class Backend(Protocol):
 
     def scale(self, name: str, replicas: int) -> ApplyResult: ...
 
+    def patch(self, name: str, change: Mapping[str, object]) -> None:
+        """Merges `change` into a service's document (RFC 7386): null takes a key out."""
+        ...
+
     def delete(self, name: str) -> bool:
         """False where there is no such service."""
         ...

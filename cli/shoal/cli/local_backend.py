@@ -1,7 +1,7 @@
 """Services of this machine: a state directory, served by `shoal up`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,9 @@ class LocalBackend:
 
     def scale(self, name: str, replicas: int) -> ApplyResult:
         return self.store.scale(name, replicas)
+
+    def patch(self, name: str, change: Mapping[str, object]) -> None:
+        self.store.patch(name, change)
 
     def delete(self, name: str) -> bool:
         return self.store.delete(name)

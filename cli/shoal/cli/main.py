@@ -36,6 +36,8 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "logs": Entry("logs", "Print the log of a pod, of a service's pods, or of the router."),
         "top": Entry("top", "Show the live load of services and replicas."),
         "scale": Entry("scale", "Change the number of replicas."),
+        "promote": Entry("promote", "Let a canary pass its present step."),
+        "rollback": Entry("rollback", "Serve an earlier revision again."),
         "wait": Entry("wait", "Wait until a service meets a condition."),
         "delete": Entry("delete", "Drain and remove services."),
     },

@@ -90,7 +90,7 @@ def plan(
     table = frozen_table(observed, leaving)
     if not refusals:
         table = route_table(service, key, observed, leaving, steps.weights)
-    situation = Situation(service, observed, goal, steps, refusals, back=wanted.back)
+    situation = Situation(service, observed, goal, steps, refusals, wanted.own, wanted.back)
     leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
     replaced = situation.serving >= goal.bounds.replicas
     marks = served(observed.pods, observed)

@@ -46,7 +46,8 @@ class Situation:
     goal: Goal
     steps: Steps
     refusals: Sequence[Refusal]
-    back: bool = False  # an earlier revision than the spec's is wanted
+    spec_revision: str  # that the spec describes
+    back: bool = False  # another, earlier one is wanted
 
     @property
     def target(self) -> str | None:
@@ -138,6 +139,7 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
         routable_replicas=situation.routable,
         selector=selector(situation.service.name),
         url=observed.url,
+        spec_revision=situation.spec_revision,
         active_revision=active,
         previous_revision=previous,
         canary=observed.trial.status if observed.trial is not None else None,

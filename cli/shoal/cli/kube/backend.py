@@ -121,6 +121,10 @@ class KubeBackend:
         self._client.call("PATCH", path, query, {"spec": {"replicas": replicas}}, _MERGE)
         return "configured"
 
+    def patch(self, name: str, change: Mapping[str, object]) -> None:
+        query = [("fieldManager", MANAGER), ("fieldValidation", "Strict")]
+        self._client.call("PATCH", self._service(name), query, dict(change), _MERGE)
+
     def delete(self, name: str) -> bool:
         self._check_definition()
         options = {"propagationPolicy": "Background"}

@@ -137,6 +137,14 @@ class Store:
             spec = document["spec"] | {"replicas": replicas}
             return self._write(current, parse_document(document | {"spec": spec}))
 
+    def patch(self, name: str, change: Mapping[str, object]) -> None:
+        """Merges `change` into the desired document (RFC 7386): None takes a key out. Raises
+        UnknownService, or InvalidManifest where what comes out is wrong."""
+        with self._writing():
+            current = self._existing(name)
+            merged = _merged(written_document(current), change)
+            self._write(current, parse_document(merged))
+
     def delete(self, name: str) -> bool:
         """Removes the desired service; the supervisor drains and removes what runs for it."""
         with self._writing():
@@ -338,3 +346,16 @@ def _condition_status(status: Mapping[str, object], kind: str) -> object:
         if condition.get("type") == kind:
             return condition.get("status")
     return None
+
+
+def _merged(document: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(document)
+    for key, value in change.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, Mapping):
+            below = result.get(key)
+            result[key] = _merged(below if isinstance(below, Mapping) else {}, value)
+        else:
+            result[key] = value
+    return result
