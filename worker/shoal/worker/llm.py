@@ -19,7 +19,7 @@ from typing import Any, Self
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from shoal.worker.config import EngineConfig
+from shoal.worker.config import EngineConfig, ParallelConfig
 from shoal.worker.engine import Engine, SequenceDelta
 from shoal.worker.executor import Executor
 from shoal.worker.host import share_cores
@@ -68,15 +68,16 @@ class LLM:
         model_revision: str | None = None,
         cache_dir: Path | None = None,
         seed: int | None = None,
+        parallel: ParallelConfig | None = None,
         **settings: Any,
     ) -> None:
         """`model` is a URI or path (see `shoal.worker.sources`), `settings` are the fields of
-        EngineConfig. `seed` makes draws without a seed of their own repeatable. Raises
+        EngineConfig. `seed` makes draws without a seed of their own repeatable. `parallel`: ranks
+        that compute, in processes of their own, where one is not enough. Raises
         TypeError for unknown settings, SourceError, OSError, or ValueError for a model or
         settings that cannot be served."""
         # torch takes seconds to import, and must find this said.
         share_cores()
-        from shoal.worker.runner import create_executor
         from shoal.worker.tokenizer import load_tokenizer
 
         config = EngineConfig(**settings)
@@ -84,7 +85,7 @@ class LLM:
             path = resolve(model, model_revision, cache_dir, progress).path
         described = load_tokenizer(path)
         self.tokenizer: Tokenizer = Tokenizer.from_buffer(described.tokenizer_json)
-        self._executor: Executor = create_executor(path, config, lambda phase, seconds: None)
+        self._executor = _executor(path, config, parallel or ParallelConfig())
         self._engine = Engine(self._executor, config, rng=random.Random(seed))
         self._ids = count()
 
@@ -241,6 +242,16 @@ class _ProgressLine:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
+
+
+def _executor(path: Path, config: EngineConfig, parallel: ParallelConfig) -> Executor:
+    if parallel.in_process:
+        from shoal.worker.runner import create_executor
+
+        return create_executor(path, config, lambda phase, seconds: None)
+    from shoal.worker.parallel.create import create_group
+
+    return create_group(path, config, parallel, lambda phase, seconds: None)
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
