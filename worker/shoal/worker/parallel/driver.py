@@ -65,6 +65,8 @@ class Launcher(Protocol):
 class GroupExecutor:
     """Implements `shoal.worker.executor.Executor`."""
 
+    standby = None  # the ranks' weights stay
+
     def __init__(
         self,
         order: Order,
