@@ -28,7 +28,7 @@ class Bench:
 
     def __init__(self, fake: FakeApi, api: Api) -> None:
         self.fake, world = fake, World()
-        feed = Feed(world, ServiceBook(), lambda key: None)
+        feed = Feed(world, ServiceBook(), lambda key, delay: None)
         self.applier = Applier(api, world, feed, map(float, count(1000)).__next__)
         labels = {LABEL_MANAGED_BY: MANAGER, LABEL_SERVICE: "chat"}
         meta = {"name": "chat-0", "namespace": "default", "labels": labels}

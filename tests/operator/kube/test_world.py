@@ -48,7 +48,7 @@ class Told(list[str]):
 
 def feed() -> tuple[Feed, World, ServiceBook, Told]:
     world, book, told = World(), ServiceBook(), Told()
-    return Feed(world, book, told.append), world, book, told
+    return Feed(world, book, lambda key, delay: told.append(key)), world, book, told
 
 
 def test_an_older_state_does_not_replace_a_newer() -> None:
@@ -182,3 +182,19 @@ def test_a_node_that_falls_silent_wakes_the_services_on_it() -> None:
     f.lost_node("n1")
     assert told.since() == ["default/chat"]
     assert world.nodes["n1"] is False
+
+
+def test_what_goes_on_may_wait_and_what_ends_may_not() -> None:
+    """A pod that starts changes often within a moment; a spec and a deletion are looked at."""
+    told: dict[str, float] = {}
+    f = Feed(World(), ServiceBook(), told.__setitem__)
+    f.saw(INFERENCE_SERVICES, service(2))
+    assert told.pop("default/chat") == 0.0
+    f.saw(PODS, pod(version=3))
+    assert 0.0 < told.pop("default/chat") < 0.5
+    ending = pod(version=4)
+    ending["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    f.saw(PODS, ending)
+    assert told.pop("default/chat") == 0.0
+    f.lost(PODS, pod(version=5))
+    assert told.pop("default/chat") == 0.0

@@ -117,7 +117,7 @@ class Applier:
         return True
 
     async def prune(self, service: InferenceService, children: Collection[Json]) -> None:
-        """Deletes the service's budgets and autoscalers that are not among its children any more."""
+        """Deletes budgets and autoscalers of the service that are not among its children now."""
         kept = {(child["kind"], child["metadata"]["name"]) for child in children}
         for kind in _PRUNED:
             for live in self._world[kind].of(f"{service.metadata.namespace}/{service.name}"):

@@ -1,32 +1,21 @@
 """Carries out what a look decided, as far as it goes.
 
 First the plan's actions in their order, up to the first that fails: any prefix of a plan is safe.
-Then the children, each by itself: neither a monitor that a webhook refuses nor a budget whose name
-is taken holds up a drain, a route table or a replacement.
+The children come with the look that finds no action left, each by itself: neither a monitor that
+a webhook refuses nor a budget whose name is taken holds up a drain, a route table or a replacement.
 """
 
 import logging
 from collections.abc import Awaitable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from shoal.api.types import InferenceService
 from shoal.operator.actions import Action
 from shoal.operator.kube.applier import Applier, Json, NotYet, Refused
 from shoal.operator.kube.errors import ApiError
+from shoal.operator.kube.outcome import Outcome
 
 log: Final = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of it."""
-
-    acted: bool = False  # something of the plan was done: there may be more to do
-    rejected: str | None = None  # why the API server refuses an action
-    missing: str | None = None  # why a child is not as it should be
-    again: float | None = None  # seconds after which what is waited for may have ended
-    error: ApiError | None = None  # what may go away by itself
 
 
 class _Troubles:
@@ -65,7 +54,8 @@ async def carry_out(
     *,
     group_token: bool,
 ) -> Outcome:
-    """Performs `actions` and brings about `children`; `group_token` where pods share one."""
+    """Performs `actions`; brings about `children` where there was nothing to perform. `group_token`
+    where pods share one."""
     troubles, done = _Troubles(), 0
     adopted = False
     try:
@@ -80,6 +70,8 @@ async def carry_out(
                 break
             done += 1
     rejected = "; ".join(troubles.refused) or None
+    if done:
+        return Outcome(True, rejected, again=troubles.again, error=troubles.error)
     troubles.refused.clear()
     for child in children:
         if troubles.unreachable:
@@ -88,4 +80,4 @@ async def carry_out(
     if not troubles.unreachable:
         await troubles.survive(applier.prune(service, children))
     missing = "; ".join(troubles.refused) or None
-    return Outcome(done > 0, rejected, missing, troubles.again, troubles.error)
+    return Outcome(False, rejected, missing, troubles.again, troubles.error)

@@ -1,11 +1,12 @@
 """The one way into the world: what watches and lists say, and what the operator's writes return.
 
 Whatever is news wakes the services that it concerns. The operator's own writes do not: who made
-them goes on from there.
+them goes on from there. A pod that starts changes several times within a moment, so what merely
+goes on is looked at a little later, and all of it at once.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 from shoal.operator.kube.book import ServiceBook
 from shoal.operator.kube.kinds import DISRUPTION_BUDGETS, INFERENCE_SERVICES, PODS, Kind
@@ -13,11 +14,14 @@ from shoal.operator.kube.world import Key, World
 
 Json = Mapping[str, Any]
 
+_GOES_ON_SECONDS: Final = 0.2
+
 
 class Feed:
-    """Keeps world and book in step; `wake(service)` hears of each service with news."""
+    """Keeps world and book in step; `wake(service, delay)` hears of each service with news, and
+    how many seconds a look at it may wait."""
 
-    def __init__(self, world: World, book: ServiceBook, wake: Callable[[str], None]) -> None:
+    def __init__(self, world: World, book: ServiceBook, wake: Callable[[str, float], None]) -> None:
         self._world = world
         self._book = book
         self._wake = wake
@@ -30,21 +34,21 @@ class Feed:
             return
         self._read(kind, service)
         if not idle:
-            self._wake(service)
+            self._wake(service, 0.0 if _urgent(kind, live) else _GOES_ON_SECONDS)
 
     def lost(self, kind: Kind, gone: Json) -> None:
         """A watch or a list shows that an object is gone, as of its resource version."""
         service = self._world[kind].drop(gone)
         if service is not None:
             self._read(kind, service)
-            self._wake(service)
+            self._wake(service, 0.0)
 
     def lost_key(self, kind: Kind, key: Key, version: int) -> None:
         """As `lost`, where only the name is known."""
         service = self._world[kind].drop_key(key, version)
         if service is not None:
             self._read(kind, service)
-            self._wake(service)
+            self._wake(service, 0.0)
 
     def wrote(self, kind: Kind, live: Json) -> None:
         """The answer to a write of the operator's own."""
@@ -53,7 +57,7 @@ class Feed:
         service = self._world[kind].put(live)
         # Somebody may have changed the spec just before the status was written.
         if service is not None and self._read(kind, service):
-            self._wake(service)
+            self._wake(service, 0.0)
 
     def ended(self, kind: Kind, live: Json) -> None:
         """An object that the operator deleted, or found to be gone."""
@@ -76,7 +80,7 @@ class Feed:
         before = self._book.get(service)
         live = self._world[kind].get(*service.split("/", 1))
         for other in self._book.note(service, live):
-            self._wake(other)
+            self._wake(other, 0.0)
         return self._book.get(service) is not before
 
     def _same_spec(self, kind: Kind, live: Json) -> bool:
@@ -93,4 +97,9 @@ class Feed:
             if (pod.get("spec") or {}).get("nodeName") == node:
                 service = self._world[PODS].service_of(pod)
                 if service is not None:
-                    self._wake(service)
+                    self._wake(service, 0.0)
+
+
+def _urgent(kind: Kind, live: Json) -> bool:
+    """What a person asks for, and what begins to end."""
+    return kind is INFERENCE_SERVICES or "deletionTimestamp" in live["metadata"]

@@ -317,9 +317,9 @@ class _Operator:
     def _queued(self) -> int:
         return len(self._queue)
 
-    def _wake(self, key: str) -> None:
+    def _wake(self, key: str, delay: float = 0.0) -> None:
         if self._works:
-            self._workers.add(key)
+            self._workers.add(key, delay)
 
     def _wake_all(self) -> None:
         for key in self._book:

@@ -13,11 +13,12 @@ from shoal.api.types import InferenceService, InferenceServiceStatus
 from shoal.operator.children import desired_children, needs_group_token
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import Entry, ServiceBook
-from shoal.operator.kube.carry import Outcome, carry_out
+from shoal.operator.kube.carry import carry_out
 from shoal.operator.kube.events import EventPoster
 from shoal.operator.kube.kinds import INFERENCE_SERVICES, POD_MONITORS, PODS, Kind
 from shoal.operator.kube.news import news, pod_news
 from shoal.operator.kube.observing import observe, read_status
+from shoal.operator.kube.outcome import Next, Outcome, next_look, waits_for_routers
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.routers import RouterFleet
 from shoal.operator.kube.verdicts import incomplete_status, unreadable_status
@@ -25,14 +26,10 @@ from shoal.operator.kube.world import Key, World, uid_of
 from shoal.operator.observe import Observed
 from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
-from shoal.operator.scaler import LOOK_SECONDS, Scalers
-from shoal.operator.trials import LOOK_SECONDS as TRIAL_SECONDS
+from shoal.operator.scaler import Scalers
 from shoal.operator.trials import Trials
 
 log: Final = logging.getLogger(__name__)
-
-_REFUSED_SECONDS: Final = 15.0  # quotas and limits change without an event of ours
-_DRAIN_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +69,9 @@ class Reconciler:
         self._scalers = scalers
         self._trials = trials
 
-    async def reconcile(self, key: str) -> float | None:
-        """Looks at the service `namespace/name` once.
-
-        Returns in how many seconds to look again without news, None where news will come.
-        ApiError where the API server did not do its part.
-        """
+    async def reconcile(self, key: str) -> Next:
+        """Looks at the service `namespace/name` once. ApiError where the API server did not do
+        its part."""
         where = Key(*key.split("/", 1))
         live = self._world[INFERENCE_SERVICES].get(*where)
         entry = self._book.get(key)
@@ -89,16 +83,16 @@ class Reconciler:
             self._trials.forget(key)
             self._progress.follow(key, ())
             self._rejected.pop(key, None)
-            return None
+            return Next()
         if entry.service is None:
             await self._tell_unreadable(where, entry)
-            return None
+            return Next()
         return await self._act(where, key, entry.service)
 
-    async def _act(self, where: Key, key: str, service: InferenceService) -> float | None:
+    async def _act(self, where: Key, key: str, service: InferenceService) -> Next:
         observed = self._observe(where, key, service)
         decided = self._plan(service, observed)
-        self._fleet.under_way(key, _waits_for_routers(observed, decided))
+        self._fleet.under_way(key, waits_for_routers(observed, decided))
         self._fleet.scales(key, observed.scaling is not None or observed.trial is not None)
         platform = self._around.platform
         outcome = await carry_out(
@@ -119,11 +113,11 @@ class Reconciler:
         if outcome.error is None and (outcome.acted or news):
             # What was done is seen already, and there may be more to do. The look that finds
             # nothing more tells how it stands.
-            return 0.0
+            return Next(acted=True)
         await self._tell(where, service, observed, self._status(observed, decided, outcome))
         if outcome.error is not None:
             raise outcome.error
-        return self._next_look(observed, decided, outcome)
+        return next_look(observed, decided, outcome)
 
     def _status(
         self, observed: Observed, decided: Plan, outcome: Outcome
@@ -133,21 +127,6 @@ class Reconciler:
         return incomplete_status(
             observed.status, decided.status, outcome.missing, self._around.wall()
         )
-
-    def _next_look(self, observed: Observed, decided: Plan, outcome: Outcome) -> float | None:
-        waits = [
-            seconds
-            for seconds, holds in (
-                (outcome.again, outcome.again is not None),
-                (_REFUSED_SECONDS, outcome.rejected or outcome.missing),
-                (_DRAIN_SECONDS, any(pod.retiring for pod in observed.pods)),
-                (LOOK_SECONDS, observed.scaling is not None),
-                (TRIAL_SECONDS, observed.trial is not None),
-                (decided.again, decided.again is not None),
-            )
-            if holds and seconds is not None
-        ]
-        return min(waits, default=None)
 
     def _observe(self, where: Key, key: str, service: InferenceService) -> Observed:
         live = self._world[INFERENCE_SERVICES].get(*where)
@@ -220,12 +199,3 @@ class Reconciler:
             return  # gone meanwhile, or another of the same name
         document = status.model_dump(by_alias=True, mode="json", exclude_none=True)
         await self._applier.write_status(live, document)
-
-
-def _waits_for_routers(observed: Observed, decided: Plan) -> bool:
-    """Whether the next step depends on what routers say: an admission, or the end of a drain."""
-    if any(pod.drain_started is not None and not pod.deleting for pod in observed.pods):
-        return True
-    # Once as many are routable as are ready, only news from the cluster change anything.
-    status = decided.status
-    return status.routable_replicas < status.ready_replicas and bool(observed.routers)

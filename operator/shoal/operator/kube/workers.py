@@ -7,11 +7,13 @@ from typing import Final
 
 from shoal.operator.kube.errors import ApiError, NotLeading
 from shoal.operator.kube.metrics import OperatorMetrics
+from shoal.operator.kube.outcome import Next
 from shoal.operator.kube.workqueue import WorkQueue
 
 log: Final = logging.getLogger(__name__)
 
-_AT_ONCE: Final = 5  # looks in a row that may follow each other immediately
+_SETTLE_SECONDS: Final = 0.1  # what was done comes to its end, or to its next step
+_SOON: Final = 5  # looks in a row that may follow each other so soon
 _PATIENT_SECONDS: Final = 1.0
 
 
@@ -21,7 +23,7 @@ class Workers:
     def __init__(
         self,
         queue: WorkQueue,
-        reconcile: Callable[[str], Awaitable[float | None]],
+        reconcile: Callable[[str], Awaitable[Next]],
         metrics: OperatorMetrics,
         clock: Callable[[], float],
         limit: int,
@@ -76,9 +78,8 @@ class Workers:
 
     async def _look(self, key: str) -> None:
         began = self._clock()
-        again: float | None = None
         try:
-            again = await self._reconcile(key)
+            planned = await self._reconcile(key)
         except NotLeading:
             log.info("%s: left to the operator that leads now", key)
             self._queue.done(key, self._clock())
@@ -90,24 +91,23 @@ class Workers:
             log.exception("%s: failed; tried again in %.1f s", key, wait)
         else:
             self._queue.done(key, self._clock())
-            self._plan_next(key, again)
+            self._plan_next(key, planned)
         finally:
             self._metrics.reconciled(self._clock() - began)
             self._running.pop(key, None)
             self._news.set()
 
-    def _plan_next(self, key: str, again: float | None) -> None:
+    def _plan_next(self, key: str, planned: Next) -> None:
         """A look that led to something is followed by another; one that goes on like that for
         long is slowed down."""
-        if again != 0.0:
-            self._in_a_row.pop(key, None)
-        if again is None:
-            return
-        row = self._in_a_row.get(key, 0) + 1
-        if again == 0.0:
+        if planned.acted:
+            row = self._in_a_row.get(key, 0) + 1
             self._in_a_row[key] = row
-            again = 0.0 if row < _AT_ONCE else _PATIENT_SECONDS
-        self.add(key, again)
+            self.add(key, _SETTLE_SECONDS if row < _SOON else _PATIENT_SECONDS)
+            return
+        self._in_a_row.pop(key, None)
+        if planned.after is not None:
+            self.add(key, planned.after)
 
     def _failed(self, key: str, error: ApiError) -> None:
         pause = error.retry_after or 0.0
