@@ -3,9 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
+
+import yaml
 
 from e2e import tools
-from e2e.cluster import host, node
+from e2e.cluster import host, node, platform
 from e2e.cluster.command import stopwatch
 from e2e.cluster.layout import ClusterError, default_layout
 from e2e.cluster.processes import Processes
@@ -19,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("up", help="build what is missing and start it; nothing where it is up")
     actions.add_parser("down", help="stop it and put the machine back as it was")
+    actions.add_parser("values", help="a values file of charts/shoal, with images for it")
     actions.add_parser("add-node", help="a second node, for what is done with nodes")
     actions.add_parser("remove-node", help="end it")
     actions.add_parser("status", help="its processes, and how to reach it; exit 1 where not up")
@@ -46,6 +50,9 @@ def _act(options: argparse.Namespace) -> int:
         case "down":
             node.down(layout)
             say("the cluster is gone")
+        case "values":
+            values = platform.own_values(layout, stopwatch(partial(print, file=sys.stderr)))
+            print(yaml.safe_dump(dict(values)), end="")
         case "add-node":
             host.add(layout, say)
         case "remove-node":

@@ -57,17 +57,24 @@ def cluster(layout: Layout, say: Say, report: Report) -> Iterator[Testbed]:
 
 @pytest.fixture(scope="session")
 def shoal(
-    cluster: Testbed, say: Say, report: Report, tmp_path_factory: pytest.TempPathFactory
+    cluster: Testbed,
+    say: Say,
+    report: Report,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Platform:
     """Shoal, installed."""
     values = tmp_path_factory.mktemp("helm") / "values.yaml"
     began = time.monotonic()
+    proxy = None
     if cluster.layout is None:
         values = platform.external_values()
+        api: httpx.Client = request.getfixturevalue("api")
+        proxy = str(api.base_url).rstrip("/")
     else:
         platform.write_values(platform.own_values(cluster.layout, say), values)
         report.row(COSTS, "images of router and operator there", since(began))
-    found = Platform(cluster.kube, values)
+    found = Platform(cluster.kube, values, proxy)
     began = time.monotonic()
     try:
         found.install()

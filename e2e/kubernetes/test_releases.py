@@ -31,6 +31,8 @@ def test_https_with_a_given_certificate(
 ) -> None:
     """With a Secret named, clients that trust its authority speak HTTPS, probes too; a renewed
     Secret is served without a restart."""
+    if cluster.layout is None:
+        pytest.skip("the router's certificate is for its own address, which is the cluster's alone")
     authority, host = trustme.CA(), "shoal-router.shoal-system.svc"
     authority.cert_pem.write_to_path(tmp_path / "ca.crt")
     _certificate(cluster, authority, host, tmp_path)
