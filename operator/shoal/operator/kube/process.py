@@ -17,6 +17,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any, Final
 
 from shoal.api.types import ScalingDriver
+from shoal.operator.coldstart import ColdStarts
 from shoal.operator.kube.access import Access
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import ServiceBook
@@ -167,6 +168,7 @@ class _Operator:
         )
         self._scalers = Scalers()
         self._trials = Trials(settings.platform)
+        self._starts = ColdStarts(self.metrics.started)
         reconciler = Reconciler(
             self._world,
             self._book,
@@ -176,6 +178,7 @@ class _Operator:
             self._events,
             self._scalers,
             self._trials,
+            self._starts,
             Surroundings(
                 platform=settings.platform,
                 url=f"{settings.router_url}/v1" if settings.router_url else None,
@@ -308,6 +311,7 @@ class _Operator:
             self._fleet.rest()
             self._scalers.clear()
             self._trials.clear()
+            self._starts.clear()
             for task in helpers:
                 await _end(task)
 

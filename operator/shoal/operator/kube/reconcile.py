@@ -11,6 +11,7 @@ from typing import Final
 
 from shoal.api.types import InferenceService, InferenceServiceStatus
 from shoal.operator.children import desired_children, needs_group_token
+from shoal.operator.coldstart import ColdStarts
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import Entry, ServiceBook
 from shoal.operator.kube.carry import carry_out
@@ -56,6 +57,7 @@ class Reconciler:
         events: EventPoster,
         scalers: Scalers,
         trials: Trials,
+        starts: ColdStarts,
         around: Surroundings,
     ) -> None:
         self._world = world
@@ -68,6 +70,7 @@ class Reconciler:
         self._rejected: dict[str, tuple[int, str]] = {}  # by service: generation, sentence
         self._scalers = scalers
         self._trials = trials
+        self._starts = starts
 
     async def reconcile(self, key: str) -> Next:
         """Looks at the service `namespace/name` once. ApiError where the API server did not do
@@ -81,6 +84,7 @@ class Reconciler:
             self._fleet.scales(key, False)
             self._scalers.forget(key)
             self._trials.forget(key)
+            self._starts.forget(key)
             self._progress.follow(key, ())
             self._rejected.pop(key, None)
             return Next()
@@ -147,6 +151,7 @@ class Reconciler:
         observed = replace(observed, rejected=sentence if same else None)
         now = self._around.wall()
         observed = replace(observed, scaling=self._scalers.look(key, service, observed, now))
+        observed = replace(observed, cold_start=self._starts.look(key, observed, now))
         return replace(observed, trial=self._trials.look(key, service, observed, now))
 
     def _plan(self, service: InferenceService, observed: Observed) -> Plan:
