@@ -169,6 +169,7 @@ def test_permissions_are_what_each_needs(render: "Render") -> None:
         ("", "services"): WRITE,
         ("", "configmaps"): WRITE,
         ("", "nodes"): READ,
+        ("", "secrets"): {"get", "create"},
         ("", "events"): {"get", "create", "patch"},
         ("apps", "controllerrevisions"): WRITE - {"watch"},
         ("policy", "poddisruptionbudgets"): WRITE - {"watch"},

@@ -74,7 +74,9 @@ def test_a_gateway_route_has_no_time_limit(render: "Render") -> None:
 
 def test_engines_are_reached_by_routers_alone(render: "Render") -> None:
     """In every listed namespace the engine's port is open to the release's routers only."""
-    rendering = render("networkPolicy.enabled=true", "namespaces={a,b}")
+    rendering = render(
+        "networkPolicy.enabled=true", "namespaces={a,b}", "featureGates.MultiNode=false"
+    )
     policies = [
         p for p in rendering.of("NetworkPolicy") if p["metadata"]["name"] == "shoal-workers"
     ]

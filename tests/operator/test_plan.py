@@ -206,9 +206,9 @@ def test_a_refused_spec_disturbs_nothing(world, service):
 
 def test_a_refused_new_service_makes_nothing(world, service):
     """Nothing is created for a spec that cannot be acted on."""
-    decided = world.step(service(parallelism={"tensor": 2}, resources={"gpusPerNode": 2}))
+    decided = world.step(service(engine={"quantization": "fp8"}))
     assert not decided.actions
-    assert "spec.parallelism.tensor=2" in condition(decided, "Degraded").message
+    assert "spec.engine.quantization=fp8" in condition(decided, "Degraded").message
 
 
 def test_a_taken_model_id_is_a_condition_on_the_later_service(world, service):
