@@ -60,17 +60,8 @@ def build(layout: Layout, component: str, say: Say) -> Path:
         buildah = _buildah(layout)
         _base(layout, buildah, say)
         run(
-            *(
-                *buildah,
-                "bud",
-                "--isolation",
-                "chroot",
-                "--layers",
-                "--build-arg",
-                f"BASE={BASE}",
-                "--tag",
-                name,
-            ),
+            *(*buildah, "bud", "--isolation", "chroot", "--layers"),
+            *("--build-arg", f"BASE={BASE}", "--tag", name),
             *("--volume", f"{_pip_settings(layout)}:/etc/pip.conf:ro"),
             *("--volume", "/etc/ssl/certs:/etc/ssl/certs:ro"),
             *("--file", CHECKOUT / f"images/Dockerfile.{component}", CHECKOUT),
@@ -78,10 +69,7 @@ def build(layout: Layout, component: str, say: Say) -> Path:
         )
         partial = archive.with_suffix(".part")
         partial.unlink(missing_ok=True)
-        run(
-            *(*buildah, "push", name, f"docker-archive:{partial}:{name}"),
-            seconds=SECONDS,
-        )
+        run(*buildah, "push", name, f"docker-archive:{partial}:{name}", seconds=SECONDS)
         partial.rename(archive)
         say(f"{name} built")
         for old in sorted(folder.glob(f"{component}-*.tar"), key=_age)[KEPT:]:
@@ -93,9 +81,9 @@ def build(layout: Layout, component: str, say: Say) -> Path:
 
 def _inputs(component: str) -> Iterator[Path]:
     """Files that change what the image is."""
-    for name in (f"images/Dockerfile.{component}", "images/requirements.py", "constraints.txt"):
+    yield CHECKOUT / f"images/Dockerfile.{component}"
+    for name in (".dockerignore", "images/requirements.py", "constraints.txt", "pyproject.toml"):
         yield CHECKOUT / name
-    yield CHECKOUT / "pyproject.toml"
     for room in ROOMS[component]:
         for path in sorted((CHECKOUT / room / "shoal").rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
