@@ -19,11 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
 
+import psutil
+
 from shoal.api import names
 from shoal.api.lifeline import watch_lifeline
 from shoal.worker import last_words, logs
-from shoal.worker.config import EngineConfig
-from shoal.worker.flags import add_engine_flags, engine_config
+from shoal.worker.config import EngineConfig, ParallelConfig
+from shoal.worker.executor import DeviceLost
+from shoal.worker.flags import (
+    add_engine_flags,
+    add_parallel_flags,
+    engine_config,
+    parallel_config,
+)
 from shoal.worker.host import share_cores
 from shoal.worker.logs import event
 from shoal.worker.metrics import WorkerMetrics
@@ -38,6 +46,8 @@ log = logging.getLogger("shoal.worker")
 class Options:
     choice: ModelChoice
     config: EngineConfig
+    parallel: ParallelConfig
+    log_format: str
     server: ServerSettings
     metrics_port: int
     pod_name: str
@@ -46,13 +56,20 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs until a signal; returns the exit code: 0 drained, 1 failed, 2 wrong usage."""
-    args = _parser(os.environ).parse_args(argv)
+    parser = _parser(os.environ)
+    args = parser.parse_args(argv)
+    try:
+        parallel = parallel_config(args)
+    except ValueError as error:
+        parser.error(str(error))
     logs.configure(args.log_format, sys.stdout, args.log_level)
     watch_lifeline()
     share_cores()
     options = Options(
         choice=ModelChoice(args.model, args.model_revision, args.revision, args.cache_dir),
         config=engine_config(args),
+        parallel=parallel,
+        log_format=args.log_format,
         server=ServerSettings(args.host, args.port, stall_seconds=args.stall_seconds),
         metrics_port=args.metrics_port,
         pod_name=args.pod_name,
@@ -67,6 +84,7 @@ async def run(options: Options) -> int:
     stop = _stop_on_signals()
     metrics = WorkerMetrics()
     phases = Phases(metrics.phase)
+    phases.over("boot", max(0.0, time.time() - psutil.Process().create_time()))
     server = EngineServer(options.server)
     try:
         with phases.phase("listen"):
@@ -79,7 +97,15 @@ async def run(options: Options) -> int:
     event(log, "listening", grpc=server.address, metrics=f"{options.server.host}:{metrics_port}")
     try:
         loading = asyncio.create_task(
-            asyncio.to_thread(load, options.choice, options.config, phases)
+            asyncio.to_thread(
+                load,
+                options.choice,
+                options.config,
+                phases,
+                metrics.swapped,
+                options.parallel,
+                options.log_format,
+            )
         )
         await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -87,7 +113,7 @@ async def run(options: Options) -> int:
         loaded = _result(loading)
         if loaded is None:
             return 1
-        server.serve(loaded.engine, loaded.model, metrics.observe)
+        server.serve(loaded.engine, loaded.model, metrics.observe, loaded.swapper)
         # What start-up made stays for good: the collector need not walk it again.
         gc.collect()
         gc.freeze()
@@ -122,7 +148,7 @@ def _result(loading: asyncio.Task[Loaded]) -> Loaded | None:
     """What was loaded, or None once the log says why nothing was."""
     try:
         return loading.result()
-    except (SourceError, ValueError, OSError, MemoryError) as error:
+    except (SourceError, ValueError, OSError, MemoryError, DeviceLost) as error:
         _fatal(f"cannot serve: {str(error) or type(error).__name__}")
         log.debug("the traceback", exc_info=error)
     except Exception as error:
@@ -225,6 +251,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help=f"default: ${names.ENV_LOG_FORMAT} or text",
     )
     add_engine_flags(parser)
+    add_parallel_flags(parser)
     return parser
 
 

@@ -16,6 +16,7 @@ from typing import Protocol
 from shoal.api.blocks import BlockHash
 from shoal.worker.engine import EngineLoad, EngineStats, StepOutput
 from shoal.worker.request import EngineRequest, InvalidRequest
+from shoal.worker.weight_sets import RevisionGone
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class StepEngine(Protocol):
         ...
 
     def add(self, request: EngineRequest) -> None:
-        """Raises InvalidRequest."""
+        """Raises InvalidRequest or RevisionGone."""
         ...
 
     def cancel(self, request_id: str, index: int | None = None) -> None: ...
@@ -84,7 +85,8 @@ Command = Add | Cancel | Snapshot | Act
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """A request that never began. `error` is InvalidRequest where the request is at fault."""
+    """A request that never began. `error` is InvalidRequest where the request is at fault, and
+    RevisionGone where it names weights that are not in memory."""
 
     request_id: str
     error: Exception
@@ -179,7 +181,7 @@ class EngineLoop:
                 case Add(request):
                     try:
                         self._engine.add(request)
-                    except InvalidRequest as error:
+                    except (InvalidRequest, RevisionGone) as error:
                         rejections.append(Rejection(request.request_id, error))
                     except Exception as error:  # one request's fault must not end the others
                         log.exception("request %s failed on admission", request.request_id)

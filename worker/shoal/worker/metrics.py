@@ -16,6 +16,7 @@ from shoal.worker.engine import EngineLoad, EngineStats
 from shoal.worker.loop import Report
 
 _STEP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_SWAP_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 _GAUGES: tuple[tuple[str, str, Callable[[EngineLoad], float]], ...] = (
     ("shoal_requests_running", "Sequences that hold KV blocks.", lambda load: load.running),
@@ -66,10 +67,20 @@ class WorkerMetrics(Collector):
             ["phase"],
             registry=self.registry,
         )
+        self._swaps = Histogram(
+            "shoal_swap_pause_seconds",
+            "Time for which a swap of weights kept the engine from stepping.",
+            buckets=_SWAP_BUCKETS,
+            registry=self.registry,
+        )
         self.registry.register(self)
 
     def phase(self, name: str, seconds: float) -> None:
         self._phases.labels(name).set(seconds)
+
+    def swapped(self, pause_seconds: float) -> None:
+        """Takes note of a swap of weights."""
+        self._swaps.observe(pause_seconds)
 
     def observe(self, report: Report) -> None:
         """Takes note of a turn of the engine's loop."""

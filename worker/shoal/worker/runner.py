@@ -23,6 +23,7 @@ from shoal.worker.model.precision import Precision, choose_precision
 from shoal.worker.model.spec import DecoderSpec
 from shoal.worker.request import SamplingParams
 from shoal.worker.sampler import Sampler, logprob_entries
+from shoal.worker.standby import Standby
 from shoal.worker.step import PromptLogprobs, Row, Sampled, SlotInit, StepPlan, StepResult
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class InProcessExecutor(SerialExecutor):
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}  # slot -> (prompt_len, likeliest)
         self._tainted: set[int] = set()  # blocks that may hold values that are not finite
         self.warm_up_rate = 0.0  # prompt tokens a second of `warm_up`; 0: there was none
+        self.standby: Standby | None = None  # where other weights come from; None: nowhere
 
     def execute(self, plan: StepPlan) -> StepResult:
         with torch.inference_mode():
@@ -263,6 +265,7 @@ def create_executor(
     progress("kv", clock() - started)
     started = clock()
     executor.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1), clock)
+    executor.standby = Standby(executor, path, memory, config.memory_limit_bytes)
     progress("warm-up", clock() - started)
     return executor
 

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -25,7 +25,9 @@ from grpc_reflection.v1alpha import reflection
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 from shoal.worker.cache_watch import CacheWatch
 from shoal.worker.loop import EngineLoop, Report, StepEngine
+from shoal.worker.served import Served
 from shoal.worker.streams import Stream, StreamHub
+from shoal.worker.swap import SwapError, Swapper
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class _Serving:
     loop: EngineLoop
     hub: StreamHub
     watch: CacheWatch
-    model: engine_pb2.Model
+    models: Served
+    swapper: Swapper | None
 
 
 class EngineServer:
@@ -116,9 +119,10 @@ class EngineServer:
         engine: StepEngine,
         model: engine_pb2.Model,
         observe: Callable[[Report], None] | None = None,
+        swapper: Swapper | None = None,
     ) -> None:
         """Starts the engine's thread and admits requests. Once only. `observe` sees every
-        report, on the event loop."""
+        report, on the event loop. Without a swapper weights cannot be swapped."""
         assert self._serving is None
         loop = asyncio.get_running_loop()
         engine_loop = EngineLoop(
@@ -132,7 +136,8 @@ class EngineServer:
             engine_loop,
             StreamHub(engine_loop.submit, engine.load(), self._settings.max_pending_deltas),
             CacheWatch(engine_loop.submit, self._settings.max_pending_changes),
-            model,
+            Served(model),
+            swapper,
         )
         engine_loop.start()
 
@@ -162,6 +167,11 @@ class EngineServer:
             stop = self._serving.loop.stop
             if not await asyncio.to_thread(stop, self._settings.stall_seconds):
                 log.error("the engine's thread does not end")
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._drain_began is not None
 
     @property
     def healthy(self) -> bool:
@@ -245,11 +255,10 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
         stream: Stream,
         serving: _Serving,
     ) -> None:
-        revision = serving.model.revision
         try:
             async for request in requests:
                 for start in request.start:
-                    serving.hub.start(stream, start, revision)
+                    serving.hub.start(stream, start)
                 for cancel in request.cancel:
                     serving.hub.cancel(stream, cancel)
         except (grpc.RpcError, grpc.aio.BaseError):
@@ -261,7 +270,7 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
     async def GetModel(
         self, request: engine_pb2.GetModelRequest, context: _Context
     ) -> engine_pb2.Model:
-        return (await self._server.serving(context)).model
+        return (await self._server.serving(context)).models.find(request.revision)
 
     async def WatchCache(
         self, request: engine_pb2.WatchCacheRequest, context: _Context
@@ -285,6 +294,27 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
                 f"deadline_seconds is {deadline}, it must be a finite number from 0",
             )
         return engine_pb2.DrainResponse(unfinished=await self._server.drain(deadline))
+
+    async def SwapWeights(
+        self, request: engine_pb2.SwapWeightsRequest, context: _Context
+    ) -> AsyncIterator[engine_pb2.SwapProgress]:
+        serving = await self._server.serving(context)
+        if self._server.draining:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this replica is draining")
+        if serving.swapper is None:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "weights are swapped only where one process computes the model",
+            )
+            raise AssertionError("abort raises")
+        try:
+            swapping = serving.swapper.swap(request, serving.models, serving.loop.submit)
+            async with aclosing(swapping) as progress:
+                async for message in progress:
+                    yield message
+        except SwapError as error:
+            log.warning("no swap to revision %s: %s", request.revision, error)
+            await context.abort(grpc.StatusCode[error.status], str(error))
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[T], None], value: T) -> None:

@@ -2,17 +2,23 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.api.v1 import engine_pb2
-from shoal.worker.config import EngineConfig
+from shoal.worker.config import EngineConfig, ParallelConfig
 from shoal.worker.engine import Engine
 from shoal.worker.executor import Executor
 from shoal.worker.logs import event
 from shoal.worker.sources import Progress, resolve
+from shoal.worker.swap import Swapper, Text
+
+if TYPE_CHECKING:
+    from shoal.worker.parallel.driver import GroupExecutor
+    from shoal.worker.runner import InProcessExecutor
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +42,7 @@ class Loaded:
     engine: Engine
     executor: Executor
     model: engine_pb2.Model
+    swapper: Swapper | None  # None: these weights stay
 
 
 class Phases:
@@ -48,6 +55,12 @@ class Phases:
     ) -> None:
         self._record = record
         self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """What was over so far, in order."""
+        return dict(self._seconds)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -58,6 +71,7 @@ class Phases:
     def over(self, name: str, seconds: float) -> None:
         """A phase that something else timed."""
         event(log, "startup phase", phase=name, seconds=round(seconds, 3))
+        self._seconds[name] = seconds
         self._record(name, seconds)
 
     def progress(self, name: str) -> Progress:
@@ -79,20 +93,30 @@ class Phases:
         return show
 
 
-def load(choice: ModelChoice, config: EngineConfig, phases: Phases) -> Loaded:
-    """Fetches and loads the model. Raises SourceError, OSError, or ValueError for a model or
-    settings that cannot be served."""
+def load(
+    choice: ModelChoice,
+    config: EngineConfig,
+    phases: Phases,
+    swapped: Callable[[float], None] = lambda pause_seconds: None,
+    parallel: ParallelConfig | None = None,
+    log_format: str = "text",
+) -> Loaded:
+    """Fetches and loads the model. `swapped` hears of every later swap of weights; `log_format` is
+    that of ranks. Raises SourceError, OSError, DeviceLost, or ValueError for a model or settings
+    that cannot be served."""
+    parallel = parallel or ParallelConfig()
     with phases.phase("resolve"):
         files = resolve(
             choice.uri, choice.model_revision, choice.cache_dir, phases.progress("resolve")
         )
     with phases.phase("import"):
-        from shoal.worker.runner import create_executor
+        if parallel.in_process:
+            import shoal.worker.runner  # noqa: F401  # brings torch, which takes its time
         from shoal.worker.tokenizer import default_sampling, load_tokenizer
     with phases.phase("tokenizer"):
         tokenizer = load_tokenizer(files.path)
         sampling = default_sampling(files.path)
-    executor = create_executor(files.path, config, phases.over)
+    executor = _executor(files.path, choice, config, parallel, phases, log_format)
     engine = Engine(executor, config, revision=choice.revision, warm_up_rate=executor.warm_up_rate)
     info = executor.info
     model = engine_pb2.Model(
@@ -110,5 +134,44 @@ def load(choice: ModelChoice, config: EngineConfig, phases: Phases) -> Loaded:
         dtype=info.dtype,
         default_sampling=sampling,
         hash_seed=choice.revision,
+        startup=[
+            engine_pb2.StartupPhase(name=name, seconds=seconds)
+            for name, seconds in phases.seconds.items()
+        ],
     )
-    return Loaded(engine, executor, model)
+    swapper = None
+    if (standby := executor.standby) is not None:
+        swapper = Swapper(
+            engine,
+            standby,
+            lambda uri, revision: resolve(uri, revision, choice.cache_dir),
+            lambda path: Text(load_tokenizer(path), default_sampling(path)),
+            swapped,
+        )
+    return Loaded(engine, executor, model, swapper)
+
+
+def _executor(
+    path: Path,
+    choice: ModelChoice,
+    config: EngineConfig,
+    parallel: ParallelConfig,
+    phases: Phases,
+    log_format: str,
+) -> "InProcessExecutor | GroupExecutor":
+    if parallel.in_process:
+        from shoal.worker.runner import create_executor
+
+        return create_executor(path, config, phases.over)
+    from shoal.worker.parallel.create import create_group
+
+    return create_group(
+        path,
+        config,
+        parallel,
+        phases.over,
+        uri=choice.uri,
+        model_revision=choice.model_revision,
+        cache_dir=choice.cache_dir,
+        log_format=log_format,
+    )

@@ -15,6 +15,7 @@ from shoal.worker.engine import EngineLoad
 from shoal.worker.loop import Add, Cancel, Command, Rejection, Report
 from shoal.worker.request import EngineRequest, InvalidRequest
 from shoal.worker.validate import MAX_SAMPLES
+from shoal.worker.weight_sets import RevisionGone
 
 
 class Stream:
@@ -141,9 +142,9 @@ class StreamHub:
             self._submit(Cancel(f"{stream.number}/{own_id}"))
         self._settle()
 
-    def start(self, stream: Stream, start: engine_pb2.Start, revision: str) -> None:
+    def start(self, stream: Stream, start: engine_pb2.Start) -> None:
         """Hands a request to the engine, or refuses it with a delta of its own."""
-        error = self._objection(stream, start, revision)
+        error = self._objection(stream, start)
         if error is None:
             try:
                 request = wire.request_of(start, f"{stream.number}/{start.id}")
@@ -208,20 +209,12 @@ class StreamHub:
             pass
         return self.in_flight
 
-    def _objection(
-        self, stream: Stream, start: engine_pb2.Start, revision: str
-    ) -> engine_pb2.Error | None:
+    def _objection(self, stream: Stream, start: engine_pb2.Start) -> engine_pb2.Error | None:
         if self._dead is not None:
             return engine_pb2.Error(code=engine_pb2.Error.UNAVAILABLE, message=self._dead)
         if self.draining:
             return engine_pb2.Error(
                 code=engine_pb2.Error.UNAVAILABLE, message="this replica is draining"
-            )
-        if start.revision and start.revision != revision:
-            return engine_pb2.Error(
-                code=engine_pb2.Error.UNAVAILABLE,
-                message=f"revision {start.revision} was asked for, {revision or 'none'} is served",
-                field="revision",
             )
         if not start.id or stream.knows(start.id):
             return engine_pb2.Error(
@@ -239,6 +232,11 @@ class StreamHub:
         touched[number] = stream
         if isinstance(rejection.error, InvalidRequest):
             stream.fail(own_id, _invalid(rejection.error))
+        elif isinstance(rejection.error, RevisionGone):
+            error = engine_pb2.Error(
+                code=engine_pb2.Error.UNAVAILABLE, message=str(rejection.error), field="revision"
+            )
+            stream.fail(own_id, error)
         else:
             message = f"{type(rejection.error).__name__}: {rejection.error}"
             stream.fail(own_id, engine_pb2.Error(code=engine_pb2.Error.INTERNAL, message=message))
