@@ -23,6 +23,7 @@ class Replica:
     deleting: bool = False  # on its way out for good
     in_flight: int = 0
     created: float = 0.0
+    warm: int = 0  # blocks of prefixes in its cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ def _excess(staying: Sequence[Replica], wanted: Mapping[str, int], stable: str) 
             r.serving,
             r.ready,
             r.in_flight,
+            r.warm,
             -r.created,
         ),
     )

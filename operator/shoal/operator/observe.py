@@ -87,6 +87,7 @@ class EndpointView:
     in_flight: int
     # Seconds of the engine's start: until its weights were in memory, and of the warm-up.
     startup: tuple[float, float] | None = None
+    warm: int = field(default=0, compare=False)  # blocks of prefixes in its cache: no news
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,11 @@ class Observed:
         """Requests that routers have at this pod."""
         views = (router.endpoints.get(pod.name) for router in self.routers)
         return sum(view.in_flight for view in views if view is not None)
+
+    def warm(self, pod: ObservedPod) -> int:
+        """Blocks of prefixes that its cache holds, as the router says that knows most."""
+        views = (router.endpoints.get(pod.name) for router in self.routers)
+        return max((view.warm for view in views if view is not None), default=0)
 
     def drained(self, pod: ObservedPod) -> bool:
         """Whether no router has, or will send, a request to this pod."""

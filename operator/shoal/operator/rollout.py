@@ -43,6 +43,7 @@ class Member:
     deleting: bool  # on its way out for good
     in_flight: int
     created: float
+    warm: int = 0  # blocks of prefixes in its cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,10 @@ def _retire_old(new: list[Member], old: list[Member], bounds: Bounds) -> list[Me
     return idle + _first([m for m in old if m.routable], routable, _cheapest)
 
 
-def _cheapest(member: Member) -> tuple[bool, bool, int, float]:
-    """Whose loss costs least: who serves nobody, then fewest requests, then the newest."""
-    return member.routable, member.ready, member.in_flight, -member.created
+def _cheapest(member: Member) -> tuple[bool, bool, int, int, float]:
+    """Whose loss costs least: who serves nobody, then fewest requests to end, then fewest prefixes
+    to compute again elsewhere, then the newest."""
+    return member.routable, member.ready, member.in_flight, member.warm, -member.created
 
 
 def _least_hopeful(member: Member) -> tuple[bool, bool, float]:

@@ -59,6 +59,7 @@ class RouterClient:
                 e.admitted,
                 e.in_flight,
                 startup_parts({phase.name: phase.seconds for phase in e.startup}),
+                e.warm_blocks,
             )
             for e in load.endpoints
         }

@@ -81,6 +81,7 @@ def replicas_of(observed: Observed, weights: Mapping[str, int] | None) -> list[R
             draining=pod.drain_started is not None,
             deleting=pod.deleting,
             in_flight=observed.in_flight(pod),
+            warm=observed.warm(pod),
             created=pod.created,
         )
         for pod in observed.pods
@@ -160,5 +161,6 @@ def _member(pod: ObservedPod, observed: Observed, goal: Goal, swappable: frozens
         draining=pod.drain_started is not None,
         deleting=pod.deleting,
         in_flight=observed.in_flight(pod),
+        warm=observed.warm(pod),
         created=pod.created,
     )

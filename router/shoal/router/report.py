@@ -46,6 +46,7 @@ def service_load(service: Service, now: float) -> router_pb2.ServiceLoad:
             in_flight=replica.in_flight,
             load=load,
             startup=replica.startup,
+            warm_blocks=dispatcher.selection.index.held(replica.name),
         )
     return report
 

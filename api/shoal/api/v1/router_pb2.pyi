@@ -357,6 +357,7 @@ class EndpointLoad(message.Message):
     IN_FLIGHT_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     STARTUP_FIELD_NUMBER: builtins.int
+    WARM_BLOCKS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """of the pod"""
     address: builtins.str
@@ -365,6 +366,8 @@ class EndpointLoad(message.Message):
     """connected, model known, not draining, not ejected: requests may go there"""
     in_flight: builtins.int
     """of this router"""
+    warm_blocks: builtins.int
+    """of prefixes that its cache holds, as far as this router knows"""
     @builtins.property
     def load(self) -> engine_pb2.Load: ...
     @builtins.property
@@ -381,9 +384,10 @@ class EndpointLoad(message.Message):
         in_flight: builtins.int = ...,
         load: engine_pb2.Load | None = ...,
         startup: abc.Iterable[engine_pb2.StartupPhase] | None = ...,
+        warm_blocks: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "admitted", b"admitted", "in_flight", b"in_flight", "load", b"load", "name", b"name", "revision", b"revision", "startup", b"startup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = typing.Literal["address", b"address", "admitted", b"admitted", "in_flight", b"in_flight", "load", b"load", "name", b"name", "revision", b"revision", "startup", b"startup", "warm_blocks", b"warm_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
