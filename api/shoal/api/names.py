@@ -28,6 +28,9 @@ APP: Final = "shoal"  # value of LABEL_NAME
 
 # Unix seconds from which `drainSeconds` count; on pods that are on their way out.
 ANNOTATION_DRAIN_STARTED: Final = f"{GROUP}/drain-started"
+# `<revision>:<restarts>` on a pod: what it serves since its weights were swapped, for as long as its
+# containers have not started anew.
+ANNOTATION_SERVES: Final = f"{GROUP}/serves"
 # `<revision>:<step>` on a service: the last step of a canary that a person lets pass.
 ANNOTATION_PROMOTE: Final = f"{GROUP}/promote"
 ROUTES_KEY: Final = "routes.json"  # of a routes ConfigMap's data
@@ -58,5 +61,8 @@ ENV_PIPELINE_PARALLEL: Final = "SHOAL_PIPELINE_PARALLEL"
 ENV_GPUS_PER_NODE: Final = "SHOAL_GPUS_PER_NODE"
 ENV_LIFELINE: Final = "SHOAL_LIFELINE"  # "stdin": end when standard input ends (see lifeline)
 ENV_LOG_FORMAT: Final = "SHOAL_LOG_FORMAT"  # text | json
+# Of a worker, for tests alone: what --inject-step-delay-ms and --inject-failure-rate say.
+ENV_INJECT_STEP_DELAY_MS: Final = "SHOAL_INJECT_STEP_DELAY_MS"
+ENV_INJECT_FAILURE_RATE: Final = "SHOAL_INJECT_FAILURE_RATE"
 
 NAME_MAX_LENGTH: Final = 40

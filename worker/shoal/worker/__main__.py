@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Never
@@ -26,6 +26,7 @@ from shoal.api.lifeline import watch_lifeline
 from shoal.worker import last_words, logs
 from shoal.worker.config import EngineConfig, ParallelConfig
 from shoal.worker.executor import DeviceLost
+from shoal.worker.faults import Faults
 from shoal.worker.flags import (
     add_engine_flags,
     add_parallel_flags,
@@ -52,6 +53,7 @@ class Options:
     metrics_port: int
     pod_name: str
     drain_seconds: float
+    faults: Faults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics_port=args.metrics_port,
         pod_name=args.pod_name,
         drain_seconds=args.drain_seconds,
+        faults=Faults(args.inject_step_delay_ms / 1e3, args.inject_failure_rate),
     )
     return asyncio.run(run(options))
 
@@ -105,6 +108,7 @@ async def run(options: Options) -> int:
                 metrics.swapped,
                 options.parallel,
                 options.log_format,
+                options.faults,
             )
         )
         await asyncio.wait((loading, stop), return_when=asyncio.FIRST_COMPLETED)
@@ -250,9 +254,41 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         default=from_env(names.ENV_LOG_FORMAT, "text"),
         help=f"default: ${names.ENV_LOG_FORMAT} or text",
     )
+    _add_fault_flags(parser, from_env)
     add_engine_flags(parser)
     add_parallel_flags(parser)
     return parser
+
+
+def _add_fault_flags(parser: argparse.ArgumentParser, from_env: Callable[[str, str], str]) -> None:
+    group = parser.add_argument_group("faults on purpose, for tests of canaries and alerts alone")
+    group.add_argument(
+        "--inject-step-delay-ms",
+        type=_within(0.0, 60_000.0),
+        default=from_env(names.ENV_INJECT_STEP_DELAY_MS, "0"),
+        metavar="MS",
+        help=f"added to every step; default: ${names.ENV_INJECT_STEP_DELAY_MS} or 0, none",
+    )
+    group.add_argument(
+        "--inject-failure-rate",
+        type=_within(0.0, 1.0),
+        default=from_env(names.ENV_INJECT_FAILURE_RATE, "0"),
+        metavar="SHARE",
+        help="of the samples, which fail at their first token; default:"
+        f" ${names.ENV_INJECT_FAILURE_RATE} or 0, none",
+    )
+
+
+def _within(low: float, high: float) -> Callable[[str], float]:
+    """Reads a number between two others."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} must be from {low:g} to {high:g}")
+        return value
+
+    return number
 
 
 def _port(text: str) -> int:

@@ -1,6 +1,7 @@
 """From a model's name to an engine that can step, with a name and a time for every phase."""
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from shoal.api.v1 import engine_pb2
 from shoal.worker.config import EngineConfig, ParallelConfig
 from shoal.worker.engine import Engine
 from shoal.worker.executor import Executor
+from shoal.worker.faults import Faults, FaultyExecutor
 from shoal.worker.logs import event
 from shoal.worker.sources import Progress, resolve
 from shoal.worker.swap import Swapper, Text
@@ -100,6 +102,7 @@ def load(
     swapped: Callable[[float], None] = lambda pause_seconds: None,
     parallel: ParallelConfig | None = None,
     log_format: str = "text",
+    faults: Faults = Faults(),  # noqa: B008  # frozen
 ) -> Loaded:
     """Fetches and loads the model. `swapped` hears of every later swap of weights; `log_format` is
     that of ranks. Raises SourceError, OSError, DeviceLost, or ValueError for a model or settings
@@ -117,7 +120,11 @@ def load(
         tokenizer = load_tokenizer(files.path)
         sampling = default_sampling(files.path)
     executor = _executor(files.path, choice, config, parallel, phases, log_format)
-    engine = Engine(executor, config, revision=choice.revision, warm_up_rate=executor.warm_up_rate)
+    device: Executor = executor
+    if faults:
+        log.warning("faults are injected: %s", faults)
+        device = FaultyExecutor(executor, faults, random.Random())
+    engine = Engine(device, config, revision=choice.revision, warm_up_rate=executor.warm_up_rate)
     info = executor.info
     model = engine_pb2.Model(
         name=choice.uri,
