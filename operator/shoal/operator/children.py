@@ -55,7 +55,7 @@ def desired_children(
     worker pod has. `drivers`: who
     may scale, beside the operator. `scaler_address`: where KEDA finds the operator.
     """
-    children = [_workers_service(service)]
+    children = [_workers_service(service)] if _need_names(service, observed, pods) else []
     planned = _planned_pods(service, observed, pods)
     if planned > 1:
         children.append(_disruption_budget(service, planned))
@@ -142,6 +142,15 @@ def _workers_service(service: InferenceService) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _need_names(service: InferenceService, observed: Observed, pods: PodDefaults) -> bool:
+    """Whether the Service is due. Members of a group look for each other when they start. A
+    replica of one pod is looked up by others, once it has an address; made before, the cluster
+    would write every Service's endpoints twice."""
+    return group_size(service.spec, pods) > 1 or any(
+        pod.address is not None or pod.group_size > 1 for pod in observed.pods
+    )
 
 
 def _planned_pods(service: InferenceService, observed: Observed, pods: PodDefaults) -> int:

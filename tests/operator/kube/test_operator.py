@@ -191,6 +191,7 @@ def test_an_object_of_somebody_else_is_left_alone() -> None:
     """A Service that has the name of ours is not taken over; the condition says what to do."""
 
     async def check(api: FakeApi) -> None:
+        pods_become_ready(api)
         api.put(
             SERVICES,
             {"metadata": {"name": "chat-workers", "namespace": "default"}, "spec": {"mine": 1}},
