@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shoal.kernels.flat import FlatBatch, Ints
 from shoal.kernels.paged import CacheShape, plan_batch
+from shoal.worker.host import threads_for
 from shoal.worker.model.decoder import Decoder, LayerInputs
 from shoal.worker.model.loader import Quantize, load_decoder
 from shoal.worker.model.reader import Checkpoint
@@ -70,10 +71,12 @@ class TorchBackend:
         self._decoder = decoder
         self._shape = shape
         self._quantize = quantize
+        self._threads = torch.get_num_threads()
         self._caches = [shape.allocate(decoder.precision.cache) for _ in decoder.layers]
         self._ropes = {rope: rope.table(max_model_len) for rope in decoder.spec.ropes}
 
     def forward(self, batch: FlatBatch, rows: Ints) -> Tensor:
+        torch.set_num_threads(threads_for(len(batch.ids), self._threads))
         positions = torch.from_numpy(batch.positions)
         return self._decoder.forward(
             torch.from_numpy(batch.ids), positions, self.inputs(batch), torch.from_numpy(rows)
