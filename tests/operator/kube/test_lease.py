@@ -93,12 +93,15 @@ class Server:
 class Candidate:
     """An operator that leads whenever it may."""
 
-    def __init__(self, name: str, server: Server, time: Time) -> None:
+    def __init__(
+        self, name: str, server: Server, time: Time, predecessors: str | None = None
+    ) -> None:
         self.leadership = Leadership(
             server,
             namespace="ns",
             name="lease",
             identity=name,
+            predecessors=predecessors,
             monotonic=time.monotonic,
             wall=lambda: 1_800_000_000 + time.now,
             sleep=time.sleep,
@@ -168,6 +171,22 @@ def test_after_sigkill_the_other_leads_within_eight_seconds() -> None:
         assert not two_.leads
         await time.run_until(1018.0)
         assert two_.leads
+
+    asyncio.run(check())
+
+
+def test_a_successor_in_the_same_pod_does_not_wait() -> None:
+    """Its predecessor's process is gone; another pod's is not known to be."""
+
+    async def check() -> None:
+        time, server = Time(), Server()
+        one = Candidate("pod_1a_x", server, time, "pod_1a_")
+        await time.run_until(1010.0)
+        one.kill()
+        other = Candidate("pod_2b_y", server, time, "pod_2b_")
+        again = Candidate("pod_1a_z", server, time, "pod_1a_")
+        await time.run_until(1011.2)
+        assert (again.leads, other.leads) == (True, False)
 
     asyncio.run(check())
 

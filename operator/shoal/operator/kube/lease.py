@@ -7,7 +7,8 @@ counts from the moment it saw the lease change, on its own monotonic clock. Writ
 resource version, so of two that reach for a lease one gets a conflict.
 
 A holder that is stopped and continued notices at its next step that its time is over
-(`holds`), before it writes anything.
+(`holds`), before it writes anything. A container that is started anew in its pod takes its
+predecessor's lease at once: the kubelet starts it when that one is gone.
 """
 
 import asyncio
@@ -55,16 +56,19 @@ class Leadership:
         namespace: str,
         name: str,
         identity: str,
+        predecessors: str | None = None,
         monotonic: Callable[[], float],
         wall: Callable[[], float],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         times: LeaseTimes = LeaseTimes(),  # frozen
     ) -> None:
+        """`predecessors`: how identities begin whose processes have ended, if any surely have."""
         self._api = api
         self._collection = LEASES.path(namespace)
         self._path = LEASES.path(namespace, name)
         self._meta = {"name": name, "namespace": namespace}
         self._identity = identity
+        self._predecessors = predecessors
         self._monotonic = monotonic
         self._wall = wall
         self._sleep = sleep
@@ -141,6 +145,8 @@ class Leadership:
     def _may_take(self, lease: Json) -> bool:
         holder = _holder(lease)
         if not holder or holder == self._identity:
+            return True
+        if self._predecessors is not None and holder.startswith(self._predecessors):
             return True
         return self._monotonic() >= self._changed_at + self._times.lease
 

@@ -128,7 +128,9 @@ class _Operator:
 
     def __init__(self, settings: OperatorSettings, access: Access) -> None:
         self._settings = settings
-        identity = f"{settings.identity}_{uuid.uuid4().hex[:8]}"
+        # Of this very pod: its containers run one after the other.
+        place = f"{settings.identity}_{settings.pod_uid}_" if settings.pod_uid else None
+        identity = f"{place or f'{settings.identity}_'}{uuid.uuid4().hex[:8]}"
         self.metrics = OperatorMetrics()
         self.api = Api(access, may_write=self._leads, count=self.metrics.called)
         self._leadership = Leadership(
@@ -136,6 +138,7 @@ class _Operator:
             namespace=settings.lease_namespace or access.namespace,
             name=settings.lease_name,
             identity=identity,
+            predecessors=place,
             monotonic=time.monotonic,
             wall=time.time,
         )

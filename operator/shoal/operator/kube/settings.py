@@ -41,6 +41,7 @@ class OperatorSettings:
     scaler_address: str  # host:port of keda_port as KEDA reaches it
     workers: int
     identity: str
+    pod_uid: str | None  # None: not in a pod, or it was not told
     log_format: str
     log_level: str
     kubeconfig: Path | None
@@ -78,6 +79,7 @@ def read_settings(
         scaler_address=options.scaler_address,
         workers=options.workers,
         identity=environ.get("SHOAL_POD_NAME") or os.uname().nodename,
+        pod_uid=environ.get("SHOAL_POD_UID") or None,
         log_format=options.log_format,
         log_level=options.log_level,
         kubeconfig=options.kubeconfig,
