@@ -130,6 +130,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
     """The servicer. `starts` and `cancels` record what came in, for tests to read."""
 
     model: engine_pb2.Model = field(default_factory=byte_model)
+    previous: engine_pb2.Model | None = None  # the one before the last swap, served too
     script: Script = field(default_factory=Script)
     starts: list[engine_pb2.Start] = field(default_factory=list)
     cancels: list[tuple[str, int | None]] = field(default_factory=list)
@@ -146,7 +147,25 @@ class Engine(engine_pb2_grpc.EngineServicer):
     async def GetModel(
         self, request: engine_pb2.GetModelRequest, context: grpc.aio.ServicerContext
     ) -> engine_pb2.Model:
+        if self.previous is not None and request.revision == self.previous.revision:
+            return self.previous
         return self.model
+
+    async def SwapWeights(
+        self, request: engine_pb2.SwapWeightsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[engine_pb2.SwapProgress]:
+        if request.revision != self.model.revision:
+            self.previous = self.model
+            self.model = engine_pb2.Model()
+            self.model.CopyFrom(self.previous)
+            self.model.name = request.uri
+            self.model.revision = self.model.hash_seed = request.revision
+        yield engine_pb2.SwapProgress(phase=engine_pb2.SwapProgress.DONE, pause_seconds=0.01)
+
+    def serves(self, revision: str) -> bool:
+        """Whether a Start may name this revision."""
+        served = [model.revision for model in (self.model, self.previous) if model is not None]
+        return not revision or revision in served
 
     async def Drain(
         self, request: engine_pb2.DrainRequest, context: grpc.aio.ServicerContext
@@ -271,7 +290,7 @@ class _Stream:
         if engine.record:
             engine.starts.append(start)
         refusal = engine.script.refuse
-        if engine.draining or (start.revision and start.revision != engine.model.revision):
+        if engine.draining or not engine.serves(start.revision):
             refusal = engine_pb2.Error.UNAVAILABLE
         if refusal is None:
             self.active += engine.admit(start)

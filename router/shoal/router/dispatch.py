@@ -69,10 +69,7 @@ class Dispatcher:
         wanted = {endpoint.name: endpoint for endpoint in table.endpoints}
         for name, replica in list(self.replicas.items()):
             endpoint = wanted.get(name)
-            if endpoint is None or (endpoint.address, endpoint.revision) != (
-                replica.address,
-                replica.revision,
-            ):
+            if endpoint is None or endpoint.address != replica.address:
                 del self.replicas[name]
                 self.selection.index.discard(name)
                 if replica.pieces:
@@ -80,6 +77,8 @@ class Dispatcher:
                 replica.retire()
             else:
                 replica.draining = endpoint.draining
+                if endpoint.revision != replica.wanted:
+                    replica.follow(endpoint.revision)
         for name, endpoint in wanted.items():
             if name not in self.replicas:
                 replica = Replica(endpoint, self, self._settings.replica, self._clock, self._rng)
@@ -174,6 +173,11 @@ class Dispatcher:
             self._on_model(self, replica.revision, replica.text_key, model)
             self._reconsider()
 
+    def turned(self, replica: Replica, model: engine_pb2.Model) -> None:
+        if self.replicas.get(replica.name) is replica:
+            self._on_model(self, replica.revision, replica.text_key, model)
+            self._reconsider()
+
     def lost(self, replica: Replica, pieces: Sequence[Piece]) -> None:
         self._retiring.discard(replica)
         if self.replicas.get(replica.name) is replica:
@@ -214,6 +218,8 @@ class Dispatcher:
             output = Output(index, token_ids)
             if not sample.generated:
                 sample.cached_tokens = max(sample.cached_tokens, delta.cached_tokens)
+                if delta.revision:
+                    generation.revision = delta.revision
                 if delta.prompt_logprobs:
                     output.prompt_logprobs = list(delta.prompt_logprobs)
             output.cached_tokens = sample.cached_tokens

@@ -61,6 +61,9 @@ class ReplicaEvents(Protocol):
     def admitted(self, replica: "Replica", model: engine_pb2.Model) -> None:
         """It is connected and takes requests. `model` is kept by whoever wants it."""
 
+    def turned(self, replica: "Replica", model: engine_pb2.Model) -> None:
+        """Its weights were swapped: it serves another revision, over the same connection."""
+
     def lost(self, replica: "Replica", pieces: "list[Piece]") -> None:
         """The connection broke; `pieces` were under way there."""
 
@@ -88,7 +91,8 @@ class Replica:
     ) -> None:
         self.name = endpoint.name
         self.address = endpoint.address
-        self.revision = endpoint.revision
+        self.wanted = endpoint.revision  # says the route table
+        self.revision = endpoint.revision  # says the engine, once connected
         self.draining = endpoint.draining  # says the route table
         self.load = engine_pb2.Load()
         self.outlier = Outlier()
@@ -114,6 +118,7 @@ class Replica:
         self._next_id = 0
         self._outgoing = engine_pb2.GenerateRequest()
         self._wake = asyncio.Event()
+        self._turn = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -202,6 +207,14 @@ class Replica:
         """Starts connecting."""
         self._task = asyncio.create_task(self._run(), name=f"replica {self.name}")
 
+    def follow(self, revision: str) -> None:
+        """The table says that other weights were swapped in. New requests name the new revision
+        as soon as the engine has said what it is; what flies there goes on."""
+        self.wanted = revision
+        if not self._connected:
+            self.revision = revision
+        self._turn.set()
+
     def retire(self) -> None:
         """Takes nothing new; ends once what flies there has ended."""
         self._retired = True
@@ -244,15 +257,12 @@ class Replica:
         """One connection from dialling to its end, which always raises."""
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
-            model = await stub.GetModel(
-                engine_pb2.GetModelRequest(), timeout=self._settings.connect_timeout
-            )
-            if model.revision and model.revision != self.revision:
-                raise _Ended(f"it serves revision {model.revision}, not {self.revision}")
-            key = await asyncio.to_thread(text_key, model)
+            revision = self.wanted
+            model, key = await self._model(stub, revision)
             call = stub.Generate()  # type: ignore[call-arg]  # the stub has no default for it
-            self._connect(model, key)
+            self._connect(model, key, revision)
             jobs = (
+                self._follow(stub),
                 self._read(call),
                 self._write(call),
                 self._watch_cache(stub),
@@ -265,20 +275,46 @@ class Replica:
                 self._disconnect()
                 call.cancel()
 
-    def _connect(self, model: engine_pb2.Model, key: str) -> None:
+    async def _model(
+        self, stub: "engine_pb2_grpc.EngineAsyncStub", revision: str
+    ) -> tuple[engine_pb2.Model, str]:
+        """What the engine says of this revision, and its text key."""
+        model = await stub.GetModel(
+            engine_pb2.GetModelRequest(revision=revision), timeout=self._settings.connect_timeout
+        )
+        if model.revision and model.revision != revision:
+            raise _Ended(f"it serves revision {model.revision}, not {revision}")
+        return model, await asyncio.to_thread(text_key, model)
+
+    async def _follow(self, stub: "engine_pb2_grpc.EngineAsyncStub") -> None:
+        """Goes with the table from one revision to another."""
+        while True:
+            while (revision := self.wanted) == self.revision:
+                await self._turn.wait()
+                self._turn.clear()
+            model, key = await self._model(stub, revision)
+            self._adopt(model, key, revision)
+            log.info("replica %s: its weights were swapped to %s", self.name, revision)
+            self._events.turned(self, model)
+
+    def _adopt(self, model: engine_pb2.Model, key: str, revision: str) -> None:
+        self.revision = revision
         self.text_key = key
         self.hash_seed = model.hash_seed
         self.startup = tuple(model.startup)
         self.block_size = max(1, model.block_size)
-        self.load = engine_pb2.Load(blocks_total=model.num_blocks)
         self._slots = max(1, model.max_num_seqs)
         self._checks_revision = bool(model.revision)
+        self._candidate = None
+
+    def _connect(self, model: engine_pb2.Model, key: str, revision: str) -> None:
+        self._adopt(model, key, revision)
+        self.load = engine_pb2.Load(blocks_total=model.num_blocks)
         self._refusing = False
         self._sent_tokens = 0
         self._outgoing = engine_pb2.GenerateRequest()
         self._wake.clear()
         self._heard_at = self._clock()
-        self._candidate = None
         self._connected = True
         self._admissions += 1
         log.info("replica %s at %s: admitted (%s)", self.name, self.address, self.revision)

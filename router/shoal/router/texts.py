@@ -122,7 +122,6 @@ class ServiceTexts:
 def _digest(text_key: str, model: engine_pb2.Model) -> str:
     """Of everything that a text model depends on."""
     rest = engine_pb2.Model(
-        name=model.name,
         max_model_len=model.max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=model.eos_token_ids,

@@ -1,7 +1,7 @@
 """A checkpoint that is read piece by piece beside other work, and looked at on the way."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -43,7 +43,18 @@ class PacedSource:
     def read(self, name: str) -> Tensor:
         """Raises BrokenWeights for values that are not finite, and what `pace` raises."""
         self._pace()
-        tensor = self._source.read(name)
+        return self._looked_at(name, self._source.read(name))
+
+    def read_runs(self, name: str, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
+        """Raises as `read`."""
+        self._pace()
+        return self._looked_at(name, self._source.read_runs(name, dim, runs))
+
+    @property
+    def bytes_read(self) -> int:
+        return self._source.bytes_read
+
+    def _looked_at(self, name: str, tensor: Tensor) -> Tensor:
         if not bool(tensor.isfinite().all()):
             raise BrokenWeights(
                 f"{self.origin}: tensor {name} holds values that are not finite, expected numbers"
