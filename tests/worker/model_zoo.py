@@ -46,6 +46,11 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "tied": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "biased": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
     "wide-heads": (LlamaConfig, LlamaForCausalLM, {"head_dim": 24}),
+    "groups-of-64": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "head_dim": 32},
+    ),
     "one-kv-head": (LlamaConfig, LlamaForCausalLM, {"num_key_value_heads": 1}),
     "llama3-rope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LLAMA3}),
     "linear-rope": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": _LINEAR}),
@@ -194,3 +199,21 @@ def decoder_logits(
             parts[index].append(part)
         done += size
     return [torch.cat(part) for part in parts]
+
+
+@torch.inference_mode()
+def greedy(decoder: Decoder, prompt: Sequence[int], count: int, block_size: int = 8) -> list[int]:
+    """`count` tokens after the prompt, which is one chunk, each by a decode step of its own."""
+    spec, total = decoder.spec, len(prompt) + count
+    blocks = -(-total // block_size)
+    shape = CacheShape(blocks + 1, block_size, spec.num_kv_heads, spec.head_dim)
+    backend = TorchBackend(decoder, shape, total)
+    tables = np.arange(1, blocks + 1)[None]
+    tokens, done = list(prompt), 0
+    while len(tokens) < total:
+        fresh = np.array(tokens[done:])
+        batch = FlatBatch.of(fresh, np.array([done]), np.array([len(fresh)]), tables)
+        done = len(tokens)
+        hidden = backend.forward(batch, np.array([len(fresh) - 1]))
+        tokens.append(int(backend.logits(hidden)[0].argmax()))
+    return tokens[len(prompt) :]

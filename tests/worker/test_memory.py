@@ -105,13 +105,13 @@ def test_the_real_model_takes_what_the_plan_says(models: ModuleType) -> None:
     """Packed weights of SmolLM2, counted where they lie."""
     decoder = models.load(models.smollm2_path(), "bfloat16")
     linears = [
-        getattr(layer, name)
+        linear
         for layer in decoder.layers
-        for name in ("qkv", "output", "gate", "up", "down")
+        for linear in (layer.heads.qkv, layer.output, layer.mlp.gate, layer.mlp.up, layer.mlp.down)
     ]
-    vectors = [decoder.norm, *(n for x in decoder.layers for n in (x.attention_norm, x.mlp_norm))]
+    norms = [decoder.norm, *(n for x in decoder.layers for n in (x.attention_norm, x.mlp_norm))]
     total = sum(linear.nbytes for linear in [*linears, decoder.head])
-    total += decoder.embedding.nbytes + sum(vector.nbytes for vector in vectors)
+    total += decoder.embedding.nbytes + sum(norm.weight.nbytes for norm in norms)
     assert total == plan(EngineConfig()).weights
 
 

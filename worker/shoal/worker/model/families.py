@@ -193,6 +193,8 @@ def _gpt2(config: Config) -> Fields:
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise UnsupportedModel("scale_attn_by_inverse_layer_idx is not supported")
     return {
+        "num_kv_heads": int(need(config, "num_attention_heads")),
+        "intermediate_size": int(config.get("n_inner") or 4 * int(need(config, "hidden_size"))),
         "attention_bias": True,
         "output_bias": True,
         "mlp_bias": True,
@@ -209,6 +211,7 @@ def _neox(config: Config) -> Fields:
     bias = bool(config.get("attention_bias", True))
     parallel = bool(config.get("use_parallel_residual", True))
     return {
+        "num_kv_heads": int(need(config, "num_attention_heads")),
         "attention_bias": bias,
         "output_bias": bias,
         "mlp_bias": True,
@@ -220,20 +223,11 @@ def _neox(config: Config) -> Fields:
 
 
 def _experts(config: Config, inner: str, *, renormalize: bool, **more: Any) -> ExpertsSpec:
-    count = next(
-        (
-            config[key]
-            for key in ("num_experts", "num_local_experts", "n_routed_experts")
-            if config.get(key)
-        ),
-        None,
-    )
-    if count is None:
-        raise UnsupportedModel("the model's configuration has no number of experts")
+    count = int(need(config, "num_experts"))
     per_token = int(need(config, "num_experts_per_tok"))
-    if not 1 <= per_token <= int(count):
+    if not 1 <= per_token <= count:
         raise UnsupportedModel(f"num_experts_per_tok is {per_token}, expected 1 to {count}")
-    return ExpertsSpec(int(count), per_token, int(need(config, inner)), renormalize, **more)
+    return ExpertsSpec(count, per_token, int(need(config, inner)), renormalize, **more)
 
 
 def _mixtral(config: Config) -> Fields:
@@ -376,16 +370,30 @@ def _never(config: Config, index: int) -> bool:
     return False
 
 
+_LATENT: Config = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("Llama 2, 3, 3.1, 3.2, SmolLM2, TinyLlama, Yi", _llama),
     "MistralForCausalLM": Family(
         "Mistral 7B, Nemo, Small", _plain, {"sliding_window": 4096, "num_key_value_heads": 8}
     ),
     "Qwen2ForCausalLM": Family(
-        "Qwen2, Qwen2.5, QwQ", _qwen2, {"sliding_window": 4096}, slides=_qwen_slides
+        "Qwen2, Qwen2.5, QwQ",
+        _qwen2,
+        {"sliding_window": 4096, "max_window_layers": 28},
+        slides=_qwen_slides,
     ),
     "Qwen3ForCausalLM": Family(
-        "Qwen3", _qwen3, {"sliding_window": 4096, "head_dim": 128}, slides=_qwen_slides
+        "Qwen3",
+        _qwen3,
+        {"sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+        slides=_qwen_slides,
     ),
     "SmolLM3ForCausalLM": Family(
         "SmolLM3",
@@ -398,7 +406,7 @@ FAMILIES: Mapping[str, Family] = {
     "PhiForCausalLM": Family(
         "Phi-1, Phi-1.5, Phi-2",
         _phi,
-        {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+        {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5},
     ),
     "GemmaForCausalLM": Family(
         "Gemma, CodeGemma", _gemma, {"tie_word_embeddings": True, "head_dim": 256}
@@ -477,13 +485,26 @@ FAMILIES: Mapping[str, Family] = {
     "MixtralForCausalLM": Family(
         "Mixtral",
         _mixtral,
-        {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
         mixes=_all,
     ),
     "Qwen2MoeForCausalLM": Family(
         "Qwen1.5-MoE, Qwen2-MoE",
         _qwen2_moe,
-        {"sliding_window": 4096},
+        {
+            "sliding_window": 4096,
+            "num_experts": 60,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "max_window_layers": 28,
+        },
         slides=lambda config, index: (
             bool(config.get("use_sliding_window"))
             and index % 2 == 0
@@ -494,17 +515,41 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3MoeForCausalLM": Family(
         "Qwen3-MoE",
         _qwen3_moe,
+        {
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
         slides=lambda config, index: bool(config.get("use_sliding_window")),
         mixes=_qwen_mixes,
     ),
-    "OlmoeForCausalLM": Family("OLMoE", _olmoe, {"rms_norm_eps": 1e-5}, mixes=_all),
+    "OlmoeForCausalLM": Family(
+        "OLMoE",
+        _olmoe,
+        {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+        mixes=_all,
+    ),
     "DeepseekV2ForCausalLM": Family(
         "DeepSeek-V2, V2-Lite, Coder-V2",
         _deepseek2,
+        {**_LATENT, "n_shared_experts": 2},
         mixes=_deepseek_mixes,
         interleaved=True,
     ),
     "DeepseekV3ForCausalLM": Family(
-        "DeepSeek-V3, R1", _deepseek3, mixes=_deepseek_mixes, interleaved=True
+        "DeepSeek-V3, R1",
+        _deepseek3,
+        {
+            **_LATENT,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 2048,
+            "first_k_dense_replace": 3,
+            "n_group": 8,
+            "topk_group": 4,
+        },
+        mixes=_deepseek_mixes,
+        interleaved=True,
     ),
 }

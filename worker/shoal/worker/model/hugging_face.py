@@ -16,9 +16,9 @@ _ALIASES = {
     "num_attention_heads": ("n_head",),
     "num_hidden_layers": ("n_layer",),
     "max_position_embeddings": ("n_positions",),
-    "intermediate_size": ("n_inner",),
     "hidden_act": ("activation_function", "hidden_activation"),
     "rms_norm_eps": ("layer_norm_eps",),
+    "num_experts": ("num_local_experts", "n_routed_experts"),
     "rope_theta": ("rotary_emb_base",),
     "partial_rotary_factor": ("rotary_pct",),
 }
@@ -52,6 +52,7 @@ def spec_from_hugging_face(config: Config, generation: Config | None = None) -> 
     fields: dict[str, Any] = {
         "num_kv_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": int(config.get("head_dim") or hidden // heads),
+        "intermediate_size": int(config.get("intermediate_size") or 4 * hidden),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "activation": activation(config.get("hidden_act") or "silu"),
         **family.fields(config),
@@ -63,7 +64,6 @@ def spec_from_hugging_face(config: Config, generation: Config | None = None) -> 
         architecture=name,
         vocab_size=int(need(config, "vocab_size")),
         hidden_size=hidden,
-        intermediate_size=int(config.get("intermediate_size") or 4 * hidden),
         layers=layers,
         num_heads=heads,
         max_positions=trained_positions(config, first),

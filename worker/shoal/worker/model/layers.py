@@ -167,6 +167,4 @@ def _norm_(heads: Tensor, weight: Tensor, eps: Tensor) -> None:
     if len(weight) == size:
         norm_heads_(heads, weight, eps)
         return
-    joined = heads.reshape(tokens, count * size)
-    norm_heads_(joined, weight, eps)
-    heads.copy_(joined.view(tokens, count, size))
+    norm_heads_(heads.view(tokens, count * size), weight, eps)
