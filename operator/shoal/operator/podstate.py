@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from shoal.api.names import (
     ANNOTATION_DRAIN_STARTED,
+    ANNOTATION_SERVES,
     LABEL_GROUP_SIZE,
     LABEL_MEMBER,
     LABEL_REPLICA,
@@ -17,6 +18,7 @@ from shoal.api.names import (
     PORT_ENGINE_GRPC,
 )
 from shoal.operator.containers import Trouble, containers, percent, word, words
+from shoal.operator.inplace import revisions_of
 from shoal.operator.observe import ObservedPod
 from shoal.operator.podspec import FETCH_CONTAINER, WORKER_CONTAINER
 
@@ -48,17 +50,20 @@ def observed_pod(
     gone_node = not ended and node is not None and not nodes.get(node, True)
     lost = ended or gone_node
     ready = not lost and _condition(pod, "Ready").get("status") == "True"
+    restarts = sum(c.get("restartCount", 0) for c in status.get("containerStatuses") or ())
+    mark = (meta.get("annotations") or {}).get(ANNOTATION_SERVES)
+    revision, born = revisions_of(labels.get(LABEL_REVISION, ""), mark, restarts)
     trouble = Trouble("", "") if ready else _trouble(pod, gone_node, progress)
     return ObservedPod(
         name=meta["name"],
-        revision=labels.get(LABEL_REVISION, ""),
+        revision=revision,
         replica=_number(labels.get(LABEL_REPLICA), 0),
         created=_time(meta.get("creationTimestamp")),
         address=_address(status.get("podIP")),
         ready=ready,
         drain_started=drain_started(pod),
         deleting=meta.get("deletionTimestamp") is not None,
-        restarts=sum(c.get("restartCount", 0) for c in status.get("containerStatuses") or ()),
+        restarts=restarts,
         reason=trouble.reason,
         message=trouble.message,
         member=_number(labels.get(LABEL_MEMBER), 0),
@@ -69,6 +74,7 @@ def observed_pod(
         fetched=percent(progress) if fetching(pod) is not None else None,
         scheduled=_since(_condition(pod, "PodScheduled")),
         launched=_launched(pod),
+        born=born,
     )
 
 

@@ -12,7 +12,6 @@ from shoal.api.types import (
     ApiModel,
     CacheType,
     InferenceServiceSpec,
-    RolloutStrategy,
     ScalingDriver,
 )
 from shoal.operator.metadata import group_size
@@ -25,7 +24,6 @@ _NOT_YET = (
     ("engine", "kv_cache_dtype"),
     ("engine", "speculative"),
     ("engine", "deterministic"),
-    ("rollout", "in_flight"),
     ("cost",),
 )
 _PARALLEL = (("parallelism", "tensor"), ("parallelism", "pipeline"), ("parallelism", "executor"))
@@ -56,8 +54,6 @@ def _not_yet(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
         yield f"spec.model.revision={spec.model.revision} (only py:// and hf:// have revisions)"
     if spec.engine.quantization not in _QUANTIZATION:
         yield f"spec.engine.quantization={spec.engine.quantization}"
-    if spec.rollout.strategy is RolloutStrategy.IN_PLACE:
-        yield f"spec.rollout.strategy={spec.rollout.strategy}"
     for path in _NOT_YET:
         yield from _differs(spec, path)
     if group_size(spec, platform.pods) > 1 and not platform.multi_node:

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, LABEL_SERVICE, MANAGER
-from shoal.operator.actions import DrainPod, ResumePod
+from shoal.operator.actions import DrainPod, ResumePod, SwapWeights
 from shoal.operator.kube.access import Access, Token
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import ServiceBook
@@ -29,7 +29,9 @@ class Bench:
     def __init__(self, fake: FakeApi, api: Api) -> None:
         self.fake, world = fake, World()
         feed = Feed(world, ServiceBook(), lambda key, delay: None)
-        self.applier = Applier(api, world, feed, map(float, count(1000)).__next__)
+        self.swaps: list[tuple[str, SwapWeights]] = []
+        wall = map(float, count(1000)).__next__
+        self.applier = Applier(api, world, feed, wall, lambda *call: self.swaps.append(call))
         labels = {LABEL_MANAGED_BY: MANAGER, LABEL_SERVICE: "chat"}
         meta = {"name": "chat-0", "namespace": "default", "labels": labels}
         feed.saw(PODS, copy.deepcopy(fake.put(PODS, {"metadata": meta, "spec": {}})))

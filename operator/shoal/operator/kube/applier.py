@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NoReturn
 
-from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, MANAGER
+from shoal.api.names import ANNOTATION_DRAIN_STARTED, ANNOTATION_SERVES, LABEL_MANAGED_BY, MANAGER
 from shoal.api.types import InferenceService
 from shoal.operator.actions import (
     Action,
@@ -19,9 +19,11 @@ from shoal.operator.actions import (
     DeletePod,
     DrainPod,
     ForgetRevision,
+    MarkServed,
     RemoveRoutes,
     ResumePod,
     SaveRevision,
+    SwapWeights,
     WriteRoutes,
 )
 from shoal.operator.children import (
@@ -29,6 +31,7 @@ from shoal.operator.children import (
     group_token_secret,
     routes_config_map,
 )
+from shoal.operator.inplace import mark_of
 from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.feed import Feed
@@ -47,7 +50,7 @@ from shoal.operator.kube.kinds import (
     kind_of,
 )
 from shoal.operator.kube.subset import is_subset
-from shoal.operator.kube.world import World, controller_uid, uid_of
+from shoal.operator.kube.world import Key, World, controller_uid, uid_of
 from shoal.operator.metadata import (
     controller_revision_name,
     group_token_name,
@@ -84,7 +87,16 @@ class NotYet(Exception):
 class Applier:
     """Writes for services. ApiError passes through where trying again may help."""
 
-    def __init__(self, api: Api, world: World, feed: Feed, wall: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        api: Api,
+        world: World,
+        feed: Feed,
+        wall: Callable[[], float],
+        swap: Callable[[str, SwapWeights], None],
+    ) -> None:
+        """`swap` begins to swap the weights of a replica of the service `namespace/name`."""
+        self._swap = swap
         self._api = api
         self._world = world
         self._feed = feed
@@ -154,6 +166,10 @@ class Applier:
                 await self._mark(service, name, self._wall())
             case ResumePod(name):
                 await self._mark(service, name, None)
+            case SwapWeights():
+                self._swap(str(Key(namespace, service.name)), action)
+            case MarkServed(name, revision, restarts):
+                await self._mark_served(service, name, mark_of(revision, restarts))
             case DeletePod(name, grace):
                 await self._delete(PODS, namespace, name, round(grace))
             case WriteRoutes(table):
@@ -223,6 +239,11 @@ class Applier:
         version = live["metadata"].get("resourceVersion")
         changes = {"resourceVersion": version, "annotations": {ANNOTATION_DRAIN_STARTED: value}}
         await self._merge(PODS, live, changes)
+
+    async def _mark_served(self, service: InferenceService, name: str, mark: str) -> None:
+        live = self._world[PODS].get(service.metadata.namespace, name)
+        if live is not None:
+            await self._merge(PODS, live, {"annotations": {ANNOTATION_SERVES: mark}})
 
     async def _merge(self, kind: Kind, live: Json, changes: Json) -> None:
         """Patches the metadata of just this object; one that is gone needs nothing any more."""

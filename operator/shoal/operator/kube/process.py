@@ -50,6 +50,7 @@ from shoal.operator.kube.workqueue import Pace, WorkQueue
 from shoal.operator.kube.world import World
 from shoal.operator.router_client import RouterClient
 from shoal.operator.scaler import Scalers, scales_itself
+from shoal.operator.swapper import Swapper
 from shoal.operator.trials import Trials
 
 log: Final = logging.getLogger(__name__)
@@ -171,17 +172,19 @@ class _Operator:
         )
         self._scalers = Scalers()
         self._trials = Trials(settings.platform)
+        self._swapper = Swapper(self._wake)
         self._starts = ColdStarts(self.metrics.started)
         reconciler = Reconciler(
             self._world,
             self._book,
-            Applier(self.api, self._world, self._feed, time.time),
+            Applier(self.api, self._world, self._feed, time.time, self._swapper.begin),
             self._fleet,
             self._progress,
             self._events,
             self._scalers,
             self._trials,
             self._starts,
+            self._swapper,
             Surroundings(
                 platform=settings.platform,
                 url=f"{settings.router_url}/v1" if settings.router_url else None,
@@ -314,6 +317,7 @@ class _Operator:
             self._fleet.rest()
             self._scalers.clear()
             self._trials.clear()
+            await self._swapper.close()
             self._starts.clear()
             for task in helpers:
                 await _end(task)

@@ -28,6 +28,7 @@ from shoal.operator.observe import Observed
 from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
 from shoal.operator.scaler import Scalers
+from shoal.operator.swapper import Swapper
 from shoal.operator.trials import Trials
 
 log: Final = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Reconciler:
         scalers: Scalers,
         trials: Trials,
         starts: ColdStarts,
+        swapper: Swapper,
         around: Surroundings,
     ) -> None:
         self._world = world
@@ -71,6 +73,7 @@ class Reconciler:
         self._scalers = scalers
         self._trials = trials
         self._starts = starts
+        self._swapper = swapper
 
     async def reconcile(self, key: str) -> Next:
         """Looks at the service `namespace/name` once. ApiError where the API server did not do
@@ -84,6 +87,7 @@ class Reconciler:
             self._fleet.scales(key, False)
             self._scalers.forget(key)
             self._trials.forget(key)
+            self._swapper.keep(key, ())
             self._starts.forget(key)
             self._progress.follow(key, ())
             self._rejected.pop(key, None)
@@ -148,7 +152,9 @@ class Reconciler:
             progress=self._progress.lines,
         )
         same = generation == service.metadata.generation
-        observed = replace(observed, rejected=sentence if same else None)
+        self._swapper.keep(key, [pod.name for pod in observed.pods])
+        swaps = self._swapper.views(key)
+        observed = replace(observed, rejected=sentence if same else None, swaps=swaps)
         now = self._around.wall()
         observed = replace(observed, scaling=self._scalers.look(key, service, observed, now))
         observed = replace(observed, cold_start=self._starts.look(key, observed, now))

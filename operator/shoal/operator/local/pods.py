@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from shoal.operator.build import Pod
+from shoal.operator.inplace import mark_of, revisions_of
 from shoal.operator.local.child import kill_leftover, process_started
 from shoal.operator.local.container import Container, worker_container
 from shoal.operator.local.logfile import LogFile
@@ -70,6 +71,10 @@ class Pods:
     def mark_draining(self, name: str, draining: bool) -> None:
         if process := self._processes.get(name):
             process.mark_draining(draining)
+
+    def mark_served(self, name: str, revision: str, restarts: int) -> None:
+        if process := self._processes.get(name):
+            process.mark_served(mark_of(revision, restarts))
 
     def delete(self, name: str, grace: float) -> None:
         """Begins to end a pod; it is gone from the records once its process is."""
@@ -171,9 +176,10 @@ def _there(record: PodRecord) -> bool:
 
 
 def _observed(record: PodRecord) -> ObservedPod:
+    revision, born = revisions_of(record.revision, record.serves, record.restarts)
     return ObservedPod(
         name=record.name,
-        revision=record.revision,
+        revision=revision,
         replica=record.replica,
         created=record.created,
         address=record.address,
@@ -185,6 +191,7 @@ def _observed(record: PodRecord) -> ObservedPod:
         message=record.message,
         scheduled=record.created,
         launched=record.started,
+        born=born,
     )
 
 

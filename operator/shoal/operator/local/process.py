@@ -81,6 +81,10 @@ class PodProcess:
         """Sets or clears the time from which the drain counts."""
         self._set(drain_started=self._machine.clock() if draining else None)
 
+    def mark_served(self, mark: str) -> None:
+        """Keeps the mark of a swap of the process' weights."""
+        self._set(serves=mark)
+
     async def stop(self, grace: float) -> None:
         """Ends the process, by force after `grace` seconds; returns once it is gone."""
         self._stopping.set()

@@ -19,9 +19,11 @@ from shoal.operator.actions import (
     DeletePod,
     DrainPod,
     ForgetRevision,
+    MarkServed,
     RemoveRoutes,
     ResumePod,
     SaveRevision,
+    SwapWeights,
     WriteRoutes,
 )
 from shoal.operator.coldstart import ColdStarts
@@ -33,6 +35,7 @@ from shoal.operator.plan import plan, plan_removal
 from shoal.operator.platform import LOCAL
 from shoal.operator.revision import Revision
 from shoal.operator.scaler import Scalers
+from shoal.operator.swapper import Swapper
 from shoal.operator.trials import Trials
 
 # The conditions that are announced, each with the status that means trouble.
@@ -49,10 +52,11 @@ _LOOK_ANYWAY_SECONDS = 10.0
 class Reconciler:
     """Brings the machine nearer to what is wanted, one plan at a time."""
 
-    def __init__(self, store: Store, pods: Pods, url: str) -> None:
+    def __init__(self, store: Store, pods: Pods, url: str, swapper: Swapper) -> None:
         self._store = store
         self._pods = pods
         self._url = url
+        self._swapper = swapper
         self._resting: dict[str, tuple[object, float]] = {}
         self._scalers = Scalers()
         self._trials = Trials(LOCAL)
@@ -76,8 +80,8 @@ class Reconciler:
         if service.spec.rollout.canary is not None:
             observed = replace(self._observe(name, claims, views), scaling=scaling)
             trial = self._trials.look(name, service, observed, now)
-        pods = self._pods.observed(name)
-        inputs = (service, claims, self._routers(name, views), pods, scaling, trial)
+        pods, swaps = self._pods.observed(name), self._swapper.views(name)
+        inputs = (service, claims, self._routers(name, views), pods, scaling, trial, swaps)
         if self._rests(name, inputs, now):
             return False, []
         if observed is None:
@@ -148,8 +152,11 @@ class Reconciler:
     def _observe(
         self, name: str, claims: tuple[Claim, ...], views: Mapping[str, RouterView] | None
     ) -> Observed:
+        pods = self._pods.observed(name)
+        self._swapper.keep(name, [pod.name for pod in pods])
         return Observed(
-            pods=self._pods.observed(name),
+            pods=pods,
+            swaps=self._swapper.views(name),
             routers=self._routers(name, views),
             table=self._store.routes(name),
             revisions=tuple(self._revisions(name).values()),
@@ -166,18 +173,22 @@ class Reconciler:
                 self._pods.mark_draining(name, True)
             case ResumePod(name):
                 self._pods.mark_draining(name, False)
+            case SwapWeights():
+                self._swapper.begin(service, action)
+            case MarkServed(name, revision, restarts):
+                self._pods.mark_served(name, revision, restarts)
             case DeletePod(name, grace):
                 self._pods.delete(name, grace)
             case WriteRoutes(table):
                 self._store.write_routes(table)
             case RemoveRoutes():
                 self._store.remove_routes(service)
-            case SaveRevision(revision):
-                self._write(service, {**self._revisions(service), revision.name: revision})
+            case SaveRevision(kept):
+                self._write(service, {**self._revisions(service), kept.name: kept})
             case ForgetRevision(name):
-                kept = self._revisions(service)
-                kept.pop(name, None)
-                self._write(service, kept)
+                others = self._revisions(service)
+                others.pop(name, None)
+                self._write(service, others)
 
     def _revisions(self, service: str) -> dict[str, Revision]:
         found = {}

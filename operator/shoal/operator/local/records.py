@@ -34,6 +34,7 @@ class PodRecord:
     drain_started: float | None = None  # Unix seconds
     address: str | None = None  # host:port of gRPC
     ports: Mapping[str, int] | None = None  # by name: grpc, metrics, http
+    serves: str | None = None  # mark of a swap of its weights, see `inplace`
 
     @classmethod
     def from_document(cls, document: Mapping[str, object]) -> "PodRecord | None":

@@ -27,6 +27,7 @@ from shoal.operator.local.store import ROUTER_POD, Store
 from shoal.operator.observe import RouterView
 from shoal.operator.platform import LOCAL
 from shoal.operator.router_client import RouterClient
+from shoal.operator.swapper import Swapper
 
 INTERRUPTED = 130
 _LEFTOVER_SECONDS = 5.0
@@ -100,7 +101,8 @@ class _Supervisor:
             changed=self._wake.set,
             on_update=on_update,
         )
-        self._reconciler = Reconciler(store, self._pods, info.url)
+        self._swapper = Swapper(lambda _: self._wake.set())
+        self._reconciler = Reconciler(store, self._pods, info.url, self._swapper)
         self._services: dict[str, InferenceService] = {}
         self._wrong: dict[str, str] = {}
         self._signature: tuple[object, ...] | None = None
@@ -139,6 +141,7 @@ class _Supervisor:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
+            await self._swapper.close()
             await self._end()
         return INTERRUPTED if self._killed.is_set() else 0
 
