@@ -33,7 +33,7 @@ COLUMNS: tuple[Column, ...] = (
         "Whether the service answers.",
     ),
     Column("Replicas", "integer", ".status.readyReplicas", "Replicas that are ready."),
-    Column("Desired", "integer", ".spec.replicas", "Replicas that are wanted."),
+    Column("Desired", "integer", ".status.desiredReplicas", "Replicas that are wanted."),
     Column("Canary", "integer", ".status.canary.weight", "Percent of requests at the canary."),
     Column(
         "Reason",

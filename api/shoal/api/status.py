@@ -149,6 +149,11 @@ class InferenceServiceStatus(ApiModel):
     observed_generation: int = Field(
         default=0, ge=0, description="metadata.generation that the status was computed from."
     )
+    desired_replicas: int = Field(
+        default=0,
+        ge=0,
+        description="Replicas that are wanted, by the spec or the autoscaler.",
+    )
     replicas: int = Field(default=0, ge=0, description="Replicas that exist, ready or not.")
     ready_replicas: int = Field(default=0, ge=0, description="Replicas whose engine is ready.")
     routable_replicas: int = Field(
@@ -160,9 +165,7 @@ class InferenceServiceStatus(ApiModel):
     url: str | None = Field(
         default=None, description="Base URL of the OpenAI API that serves the model."
     )
-    spec_revision: str | None = Field(
-        default=None, description="Revision that the spec describes."
-    )
+    spec_revision: str | None = Field(default=None, description="Revision that the spec describes.")
     active_revision: str | None = Field(default=None, description="Revision that serves.")
     previous_revision: str | None = Field(default=None, description="Revision that served before.")
     canary: CanaryStatus | None = Field(default=None, description="The canary under way, if any.")

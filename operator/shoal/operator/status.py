@@ -134,6 +134,7 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
         active, previous = promoted, active
     return InferenceServiceStatus(
         observed_generation=generation,
+        desired_replicas=situation.bounds.replicas,
         replicas=sum(not pod.deleting for pod in observed.pods),
         ready_replicas=situation.ready,
         routable_replicas=situation.routable,
