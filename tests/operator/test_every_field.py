@@ -9,13 +9,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import pytest
 
 from shoal.api.rules import violations
+from shoal.api.rollout import CanarySpec, CanaryStep, RollbackSpec
 from shoal.api.scaling import AutoscalingSpec
-from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec
+from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec, InferenceServiceStatus
 from shoal.operator.actions import SaveRevision
 from shoal.operator.observe import EndpointView, Observed, ObservedPod, RouterView
 from shoal.operator.plan import Plan, plan
 from shoal.operator.platform import Platform
 from shoal.operator.revision import Revision, revision_of
+from shoal.operator.trials import Trials
 from shoal.operator.unsupported import unsupported
 from tests.operator.conftest import CREATED, make_service
 
@@ -25,7 +27,11 @@ _ALIKE = {("engine", "quantization", "none")}
 _TEXTS = {"uri": "hf://org/other", "cpu": "3", "memory": "3Gi", "shm": "1Gi"}
 
 # Sections that need a field of their own to mean anything.
-_SECTIONS = {"autoscaling": AutoscalingSpec(max_replicas=1)}
+_SECTIONS = {
+    "autoscaling": AutoscalingSpec(max_replicas=1),
+    "canary": CanarySpec(steps=(CanaryStep(weight=100),)),
+    "rollback_to": RollbackSpec(revision="1234567890"),
+}
 
 
 def _kind(annotation: Any) -> Any:
@@ -92,7 +98,9 @@ def _plans(service: InferenceService) -> list[Plan]:
     views = {pod.name: EndpointView(str(pod.address), True, 1) for pod in pods}
     rollout = Observed(pods=pods, routers=(RouterView(1, views),), revisions=(old,))
     draining = replace(rollout, pods=tuple(replace(p, drain_started=0.0) for p in pods))
-    return [plan(service, seen, 61.0, ALL) for seen in (Observed(), rollout, draining)]
+    served = replace(rollout, status=InferenceServiceStatus(active_revision=name))
+    tried = replace(served, trial=Trials(ALL).look("chat", service, served, 61.0))
+    return [plan(service, seen, 61.0, ALL) for seen in (Observed(), rollout, draining, tried)]
 
 
 def _told(plans: list[Plan], revision: str) -> str:

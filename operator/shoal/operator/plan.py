@@ -89,7 +89,7 @@ def plan(
     key = platform.service_key(service)
     table = frozen_table(observed, leaving)
     if not refusals:
-        table = route_table(service, key, observed, leaving, steps.weights)
+        table = route_table(service, key, observed, leaving, steps.weights, steps.pins)
     situation = Situation(service, observed, goal, steps, refusals, wanted.own, wanted.back)
     leave = _Departure(observed, service.spec.rollout.drain_seconds, now)
     replaced = situation.serving >= goal.bounds.replicas

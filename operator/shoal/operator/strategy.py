@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from shoal.api.routes import Pin
 from shoal.api.types import BlueGreenSpec, InferenceService, InPlaceStatus, RolloutStrategy
 from shoal.operator.bluegreen import next_sets
 from shoal.operator.canary_moves import Replica, canary_moves
@@ -44,6 +45,7 @@ class Steps:
     weights: Mapping[str, int] | None = None  # in sum 100; None: by the number of replicas
     kept: frozenset[str] = frozenset()  # revisions whose replicas stay and serve nobody
     promoted: str | None = None  # the revision that is the active one from now on
+    pins: tuple[Pin, ...] = ()  # requests that go to a revision whatever its weight
     in_place: InPlaceStatus | None = None  # why weights are not swapped
     again: float | None = None  # seconds after which time alone changes this
 
@@ -54,7 +56,7 @@ def next_steps(service: InferenceService, observed: Observed, goal: Goal, now: f
     if goal.refused or active is None or target is None:
         return _rolling(observed, goal, frozenset())
     if (trial := observed.trial) is not None and trial.course.weights is not None:
-        return _on_trial(observed, goal, active, trial)
+        return _on_trial(service, observed, goal, active, trial)
     if rollout.strategy is RolloutStrategy.BLUE_GREEN:
         return _blue_green(service, observed, goal, active, target, now)
     if rollout.strategy is RolloutStrategy.IN_PLACE and goal.frozen:
@@ -99,8 +101,10 @@ def _rolling(observed: Observed, goal: Goal, swappable: frozenset[str]) -> Steps
     return Steps(tuple(name for name in made if name is not None), moves.drain, moves.resume)
 
 
-def _on_trial(observed: Observed, goal: Goal, active: str, trial: TrialView) -> Steps:
-    course = trial.course
+def _on_trial(
+    service: InferenceService, observed: Observed, goal: Goal, active: str, trial: TrialView
+) -> Steps:
+    course, spec = trial.course, service.spec.rollout.canary
     assert course.weights is not None
     replicas = replicas_of(observed, course.weights)
     moves = canary_moves(replicas, course.replicas, active, goal.bounds)
@@ -108,6 +112,12 @@ def _on_trial(observed: Observed, goal: Goal, active: str, trial: TrialView) -> 
     if course.completed:
         promoted = next(name for name, weight in course.weights.items() if weight)
     aborted = course.state is not None and course.state.aborted is not None
+    audience = spec.audience if spec is not None and course.state is not None else ()
+    pins = tuple(
+        Pin(header=one.header.lower(), value=one.value, revision=course.state.revision)
+        for one in audience
+        if course.state is not None and not aborted
+    )
     idle = {name for name, weight in course.weights.items() if not weight}
     return Steps(
         moves.create,
@@ -116,6 +126,7 @@ def _on_trial(observed: Observed, goal: Goal, active: str, trial: TrialView) -> 
         weights=course.weights,
         kept=frozenset(idle) if aborted or course.completed else frozenset(),
         promoted=promoted,
+        pins=pins,
     )
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 
-from shoal.api.routes import Endpoint, RouteTable
+from shoal.api.routes import Endpoint, Pin, RouteTable
 from shoal.api.scaling import ScaleToZeroSpec
 from shoal.api.types import InferenceService
 from shoal.operator.observe import Observed
@@ -17,6 +17,7 @@ def route_table(
     observed: Observed,
     leaving: frozenset[str],
     weights: Mapping[str, int] | None = None,
+    pins: tuple[Pin, ...] = (),
 ) -> RouteTable:
     """The table that should be in force under the service's `key`; pods that are `leaving` are
     marked as draining. Replicas of several pods are known by their leader.
@@ -39,6 +40,7 @@ def route_table(
         migration_limit=routing.migration_limit,
         max_queued=queue.max_queued,
         queue_timeout_seconds=queue.queue_timeout_seconds,
+        pins=pins,
     )
     return _numbered(_over_pods(table, observed, leaving, weights), observed)
 

@@ -8,6 +8,7 @@ machine has less than a pod: what only a cluster can give is refused there.
 import json
 from collections.abc import Iterator
 
+from shoal.api.service import PodOverlay
 from shoal.api.types import (
     ApiModel,
     CacheType,
@@ -28,7 +29,7 @@ _NOT_YET = (
 )
 _PARALLEL = (("parallelism", "tensor"), ("parallelism", "pipeline"), ("parallelism", "executor"))
 _GPUS = (("resources", "gpus_per_node"), ("resources", "gpu_resource"))
-_PODS_ONLY = (("resources", "shm"), ("pod_overlay",))
+_PODS_ONLY = (("resources", "shm"),)
 _DRIVER_SWITCHES = {
     ScalingDriver.HPA: "the operator serves no external metrics; set the chart's "
     "externalMetrics.enabled",
@@ -86,6 +87,23 @@ def _pods_only(spec: InferenceServiceSpec, platform: Platform) -> Iterator[str]:
         yield f"spec.cache.type={spec.cache.type} (here: None or HostPath)"
     for path in _PODS_ONLY:
         yield from _differs(spec, path)
+    if not _only_environment(spec.pod_overlay):
+        here = "SHOAL_ variables in spec.containers[worker].env alone"
+        yield f"spec.podOverlay (here: {here})"
+
+
+def _only_environment(overlay: PodOverlay) -> bool:
+    """Whether an overlay says no more than what a process can be given."""
+    match overlay:
+        case {"spec": {"containers": [{"name": "worker", "env": list(env), **rest}], **other}}:
+            ours = all(
+                isinstance(entry, dict)
+                and entry.keys() == {"name", "value"}
+                and str(entry["name"]).startswith("SHOAL_")
+                for entry in env
+            )
+            return ours and not rest and not other and overlay.keys() == {"spec"}
+    return not overlay
 
 
 def _differs(spec: InferenceServiceSpec, path: tuple[str, ...]) -> Iterator[str]:

@@ -85,6 +85,18 @@ class RouterCore:
         """Name of the header whose requests prefer one replica, in lower case."""
         return self._service(service).table.session_header.lower()
 
+    def pinned(self, service: str, header: Callable[[bytes], bytes | None]) -> str | None:
+        """The revision that the table names for a request with such headers, where it can be had;
+        `header` gives a header's value by its name in lower case."""
+        found = self._service(service)
+        for pin in found.table.pins:
+            said = header(pin.header.encode("latin-1"))
+            if said is not None and said.decode("latin-1") == pin.value:
+                replicas = found.dispatcher.replicas.values()
+                if any(r.available and r.revision == pin.revision for r in replicas):
+                    return pin.revision
+        return None
+
     def service_model(self, service: str) -> engine_pb2.Model | None:
         """What the service's replicas said of their model; None before the first of them."""
         return self._service(service).texts.model(None)

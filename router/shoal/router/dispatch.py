@@ -115,7 +115,8 @@ class Dispatcher:
         if not request.sampling.HasField("seed"):
             request.sampling.seed = self._rng.getrandbits(63)
         generation = Generation(request, self, now)
-        share = share_of(request.session) if request.session else self._rng.random()
+        who = request.session or request.tenant  # who comes again meets the same revision
+        share = share_of(who) if who else self._rng.random()
         piece = Piece(generation, list(range(request.n)), share, text_key)
         generation.pieces.append(piece)
         replica = None

@@ -127,7 +127,8 @@ def submit(
     header = exchange.header(api.core.session_header(service).encode("latin-1"))
     if header:
         session = header.decode("latin-1")
-    pin = exchange.header(b"x-shoal-revision")
+    named = exchange.header(b"x-shoal-revision")
+    pin = named.decode("latin-1") if named else api.core.pinned(service, exchange.header)
     generations: list[Generation] = []
     try:
         for token_ids, sampling in prompts:
@@ -139,7 +140,7 @@ def submit(
                 priority=body.priority or 0,
                 tenant=body.user or body.safety_identifier or "",
                 session=session,
-                revision=pin.decode("latin-1") if pin else None,
+                revision=pin,
                 salt=body.cache_salt or "",
                 text=text,
             )
