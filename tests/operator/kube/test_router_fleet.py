@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from functools import partial
 from typing import Any
 
 from shoal.operator.autoscale_load import RouterReport
-from shoal.operator.kube.routers import RouterFleet, RouterPace
+from shoal.operator.kube.asking import RouterPace
+from shoal.operator.kube.routers import RouterFleet, router_addresses
 from shoal.operator.observe import EndpointView, RouterView
 
 CHAT = "default/chat"
@@ -75,9 +77,7 @@ class Told:
 def fleet_of(routers: Routers, told: Told, **pace: float) -> RouterFleet:
     fast = {"few": 0.01, "eager": 0.01, "idle": 0.02, "find": 0.01, "settle": 0.15, "silence": 0.1}
     return RouterFleet(
-        routers,  # type: ignore[arg-type]  # a fake
-        namespace="shoal",
-        selector="a=b",
+        partial(router_addresses, routers, "shoal", "a=b"),  # type: ignore[arg-type]  # a fake
         connect=routers.connect,
         clock=time.monotonic,
         changed=told.services.append,

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 from shoal.api.types import ScalingDriver
@@ -41,7 +42,7 @@ from shoal.operator.kube.metrics import OperatorMetrics, ServiceFigures
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.reconcile import Reconciler, Surroundings
 from shoal.operator.kube.relist import ListKeeper, Relister
-from shoal.operator.kube.routers import RouterFleet
+from shoal.operator.kube.routers import RouterFleet, router_addresses
 from shoal.operator.kube.settings import OperatorSettings
 from shoal.operator.kube.streams import Streams
 from shoal.operator.kube.web import serve_metrics, serve_probes
@@ -162,9 +163,12 @@ class _Operator:
         self._events = EventPoster(self.api, identity, time.time)
         self._progress = FetchProgress(self.api, self._wake)
         self._fleet = RouterFleet(
-            self.api,
-            namespace=settings.router_namespace or access.namespace,
-            selector=settings.router_selector,
+            partial(
+                router_addresses,
+                self.api,
+                settings.router_namespace or access.namespace,
+                settings.router_selector,
+            ),
             connect=RouterClient,
             clock=time.monotonic,
             changed=self._wake,
