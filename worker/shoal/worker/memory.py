@@ -60,14 +60,15 @@ def plan_memory(
     resident: int,
     *,
     native: bool = False,
+    weights: int | None = None,
 ) -> MemoryPlan:
     """Decides the number of KV blocks.
 
     `config.kv_cache_blocks` decides alone where it is set. Else the cache takes
     `kv_cache_memory_fraction` of its room: what `memory_limit_bytes` leaves after everything
     else or, without a limit, what is `available` now after everything else, at most 4 GiB. It is
-    never larger than max_num_seqs sequences of max_model_len need. Raises NotEnoughMemory if no
-    block fits.
+    never larger than max_num_seqs sequences of max_model_len need. `weights`: their bytes, where
+    the spec does not tell. Raises NotEnoughMemory if no block fits.
     """
     per_sequence = -(-max_model_len // config.block_size)
     block_bytes = (
@@ -80,7 +81,11 @@ def plan_memory(
     )
     fixed = MemoryPlan(
         runtime=resident,
-        weights=_weights(spec, precision, packed_int8=native and config.quantization == "int8"),
+        weights=(
+            _weights(spec, precision, packed_int8=native and config.quantization == "int8")
+            if weights is None
+            else weights
+        ),
         activations=(
             _native_activations(spec, config)
             if native

@@ -6,7 +6,7 @@ from typing import Any
 from shoal.worker.model.families import FAMILIES, FULL, SLIDING, Family, activation
 from shoal.worker.model.rope import RopeSpec, read_rope, trained_positions
 from shoal.worker.model.spec import DecoderSpec, LayerSpec
-from shoal.worker.model.weights import UnsupportedModel, need
+from shoal.worker.model.weights import UnknownArchitecture, UnsupportedModel, need
 
 Config = Mapping[str, Any]
 
@@ -25,13 +25,15 @@ _ALIASES = {
 
 
 def architecture_of(config: Config) -> str:
-    """The first of `architectures` that is known. Raises UnsupportedModel where none is."""
+    """The first of `architectures` that is known. Raises UnknownArchitecture where none is."""
     found = config.get("architectures") or ["(none named)"]
     for name in found:
         if name in FAMILIES:
             return str(name)
     known = ", ".join(sorted(FAMILIES))
-    raise UnsupportedModel(f"architecture {', '.join(found)} is not supported; known are {known}")
+    raise UnknownArchitecture(
+        f"architecture {', '.join(found)} is not supported; known are {known}"
+    )
 
 
 def spec_from_hugging_face(config: Config, generation: Config | None = None) -> DecoderSpec:

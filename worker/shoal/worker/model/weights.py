@@ -15,6 +15,10 @@ class UnsupportedModel(WeightError):
     """The model needs what Shoal does not have; the message names it and what there is."""
 
 
+class UnknownArchitecture(UnsupportedModel):
+    """No entry of the registry is of the model's architecture."""
+
+
 class WeightSource(Protocol):
     """The tensors of one checkpoint. Reading one is what touches its bytes."""
 
