@@ -152,6 +152,23 @@ class PackedWeight:
         # As torch does it: a bias in the weights' precision, added in float32.
         self.bias = None if bias is None else bias.to(torch.bfloat16).float().contiguous()
 
+    @classmethod
+    def of_parts(
+        cls,
+        n: int,
+        k: int,
+        packed: Tensor,
+        *,
+        scales: Tensor | None,
+        sums: Tensor | None,
+        bias: Tensor | None,
+    ) -> "PackedWeight":
+        """The weight that had these attributes; tensors begin at multiples of 64 bytes."""
+        made = cls.__new__(cls)
+        made.n, made.k, made.packed = n, k, packed
+        made.scales, made.sums, made.bias = scales, sums, bias
+        return made
+
 
 def _panels(scales: Tensor) -> Tensor:
     """[n, groups] -> [panels, groups, PANEL] float32; rows beyond n are zero."""

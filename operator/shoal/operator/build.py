@@ -26,7 +26,7 @@ from shoal.api.names import (
     ROLE_LEADER,
 )
 from shoal.api.quantity import to_bytes, to_cores
-from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec
+from shoal.api.types import ApiModel, CacheType, InferenceService, InferenceServiceSpec
 from shoal.operator.metadata import group_size, metadata, pod_name, worker_labels
 from shoal.operator.overlay import OverlayError, merged
 from shoal.operator.podspec import (
@@ -140,6 +140,8 @@ def worker_args(spec: InferenceServiceSpec, drain_seconds: int) -> list[str]:
         args += ["--threads", str(threads)]
     if spec.resources.memory is not None:
         args += ["--memory-limit-bytes", str(to_bytes(spec.resources.memory))]
+    if spec.cache.type is not CacheType.NONE:
+        args.append("--packed-cache")  # a volume that outlives the pod
     return [*args, "--drain-seconds", str(drain_seconds)]
 
 

@@ -68,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch_lifeline()
     share_cores()
     options = Options(
-        choice=ModelChoice(args.model, args.model_revision, args.revision, args.cache_dir),
+        choice=ModelChoice(
+            args.model, args.model_revision, args.revision, args.cache_dir, args.packed_cache
+        ),
         config=engine_config(args),
         parallel=parallel,
         log_format=args.log_format,
@@ -234,6 +236,12 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     add("--pod-name", default=from_env(names.ENV_POD_NAME, ""), help="for logs")
     add("--cache-dir", type=Path, help="of downloaded models; default: $SHOAL_CACHE_DIR")
+    add(
+        "--packed-cache",
+        action="store_true",
+        help="keep packed weights there, as large as the weights in memory: the next start of the"
+        " native backend maps them",
+    )
     add(
         "--drain-seconds",
         type=float,

@@ -19,6 +19,7 @@ from shoal.worker.memory import LOGIT_ROWS, plan_memory
 from shoal.worker.model.backend import Backend, TorchBackend
 from shoal.worker.model.loader import Quantize, load_decoder, open_checkpoint
 from shoal.worker.model.native import NativeBackend, unfit
+from shoal.worker.model.packed import PackedStore
 from shoal.worker.model.precision import Precision, choose_precision
 from shoal.worker.model.spec import DecoderSpec
 from shoal.worker.request import SamplingParams
@@ -215,8 +216,10 @@ def create_executor(
     config: EngineConfig,
     progress: Callable[[str, float], None],
     clock: Callable[[], float] = time.perf_counter,
+    packed: Path | None = None,
 ) -> InProcessExecutor:
     """Loads the model at `path` (a .gguf file, or a folder of config.json and safetensors).
+    `packed`: folder where packed weights are kept from one start to the next.
 
     `progress` is called with the name and seconds of each phase when it has ended: load, pack,
     kv, warm-up. Sets torch's threads, for the process. Raises WeightError for a checkpoint that
@@ -245,6 +248,7 @@ def create_executor(
             max_tokens=config.max_batched_tokens,
             threads=torch.get_num_threads(),
             quantize=quantize,
+            store=_store(packed, path, precision, config),
             clock=clock,
         )
         times = backend.times
@@ -268,6 +272,14 @@ def create_executor(
     executor.standby = Standby(executor, path, memory, config.memory_limit_bytes)
     progress("warm-up", clock() - started)
     return executor
+
+
+def _store(
+    folder: Path | None, path: Path, precision: Precision, config: EngineConfig
+) -> PackedStore | None:
+    if folder is None:
+        return None
+    return PackedStore(folder, path, precision.name, config.quantization)
 
 
 def longest_sequence(spec: DecoderSpec, config: EngineConfig) -> int:

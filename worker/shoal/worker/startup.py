@@ -15,7 +15,7 @@ from shoal.worker.engine import Engine
 from shoal.worker.executor import Executor
 from shoal.worker.faults import Faults, FaultyExecutor
 from shoal.worker.logs import event
-from shoal.worker.sources import Progress, resolve
+from shoal.worker.sources import Progress, default_cache_dir, resolve
 from shoal.worker.swap import Swapper, Text
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class ModelChoice:
     model_revision: str | None = None  # package version, or the Hub's branch, tag or commit
     revision: str = ""  # of the service; the salt of every block hash
     cache_dir: Path | None = None
+    packed_cache: bool = False  # keep packed weights in the cache directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,9 @@ def _executor(
     if parallel.in_process:
         from shoal.worker.runner import create_executor
 
-        return create_executor(path, config, phases.over)
+        folder = (choice.cache_dir or default_cache_dir()) / "packed"
+        packed = folder if choice.packed_cache else None
+        return create_executor(path, config, phases.over, packed=packed)
     from shoal.worker.parallel.create import create_group
 
     return create_group(

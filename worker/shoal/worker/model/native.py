@@ -1,5 +1,6 @@
 """A decoder as a step program of the native library: see `shoal.kernels.native`."""
 
+import threading
 import time
 from collections.abc import Sequence
 from copy import copy
@@ -20,6 +21,7 @@ from shoal.kernels.native import (
     unavailable,
 )
 from shoal.worker.model.loader import LoadTimes, Quantize
+from shoal.worker.model.packed import PackedLayer, PackedModel, PackedStore
 from shoal.worker.model.precision import Precision
 from shoal.worker.model.reader import (
     Checkpoint,
@@ -107,10 +109,11 @@ class NativeBackend:
         max_tokens: int,
         threads: int,
         quantize: Quantize | None = None,
+        store: PackedStore | None = None,
         clock: Clock = time.perf_counter,
     ) -> None:
-        """Reads and packs the weights. `max_tokens`: of a step. `quantize`: what becomes of every
-        matrix; None: bfloat16. Raises WeightError, and
+        """Reads and packs the weights, or maps them where `store` has them. `max_tokens`: of a
+        step. `quantize`: what becomes of every matrix; None: bfloat16. Raises WeightError, and
         ValueError where `unfit`."""
         if (why := unfit(checkpoint.spec, precision, block_size)) is not None:
             raise ValueError(f"no step program for this model: {why}")
@@ -124,22 +127,34 @@ class NativeBackend:
         self._caches = [self._geometry.cache(num_blocks) for _ in range(spec.num_layers)]
         self._turns = _rope(spec).table(max_model_len)
         self._buffers = _buffers(spec, max_tokens)
-        self._record_all(checkpoint)
+        model = store.load() if store is not None else None
+        self.mapped = model is not None
+        if model is None:
+            model = self._packed(checkpoint)
+            if store is not None:
+                _save(store, model)
+        self._record_all(model)
 
-    def _record_all(self, checkpoint: Checkpoint) -> None:
-        """Reads the weights and makes the programs that compute with them."""
-        spec = self.spec
-        self._step = Program(self._geometry, self._turns)
-        self._head = Program(self._geometry, self._turns)
+    def _packed(self, checkpoint: Checkpoint) -> PackedModel:
+        """Reads the weights, and packs each as soon as it is read."""
         read = WeightReader(checkpoint, self._precision, self._clock)
         embedding = read.embedding()
-        self._step.embed(embedding)
-        for index, cache in enumerate(self._caches):
-            self._record(read.layer(index), cache, last=index + 1 == spec.num_layers)
-        self._head.norm(_weight(read.norm()), spec.norm_eps)
-        head = self._pack(*read.head(embedding))
-        self._head.linear(head, Buffer.NORMED, Buffer.LOGITS, Into.FLOAT32)
+        layers = tuple(
+            self._packed_layer(read.layer(index)) for index in range(self.spec.num_layers)
+        )
+        norm, head = _weight(read.norm()), self._pack(*read.head(embedding))
         self.times.load = read.seconds
+        return PackedModel(embedding, layers, norm, head)
+
+    def _record_all(self, model: PackedModel) -> None:
+        """Makes the programs that compute with these weights."""
+        self._step = Program(self._geometry, self._turns)
+        self._head = Program(self._geometry, self._turns)
+        self._step.embed(model.embedding)
+        for layer, cache in zip(model.layers, self._caches, strict=True):
+            self._record(layer, cache, last=layer is model.layers[-1])
+        self._head.norm(model.norm, self.spec.norm_eps)
+        self._head.linear(model.head, Buffer.NORMED, Buffer.LOGITS, Into.FLOAT32)
 
     def forward(self, batch: FlatBatch, rows: Ints) -> Tensor:
         self._step.run(self._team, batch, rows, self._buffers)
@@ -161,7 +176,8 @@ class NativeBackend:
     def sibling(self, checkpoint: Checkpoint) -> "NativeBackend":
         other = copy(self)
         other.times = LoadTimes()
-        other._record_all(checkpoint)
+        other.mapped = False
+        other._record_all(other._packed(checkpoint))
         return other
 
     def weights(self) -> object:
@@ -171,31 +187,46 @@ class NativeBackend:
         self._team.close()
         self._caches = []
 
-    def _record(self, layer: LayerWeights, cache: Tensor, *, last: bool) -> None:
+    def _record(self, layer: PackedLayer, cache: Tensor, *, last: bool) -> None:
         step, eps = self._step, self.spec.norm_eps
-        assert isinstance(layer.heads, HeadWeights) and isinstance(layer.mlp, MlpWeights)
-        step.norm(_weight(layer.attention_norm), eps)
-        step.linear(self._pack(*layer.heads.qkv), Buffer.NORMED, Buffer.HEADS, Into.BFLOAT16)
+        step.norm(layer.attention_norm, eps)
+        step.linear(layer.qkv, Buffer.NORMED, Buffer.HEADS, Into.BFLOAT16)
         step.rope_store(cache)
         step.attend(cache)
         if last:
             step.take()
-        step.linear(self._pack(*layer.output), Buffer.ATTENDED, Buffer.RESIDUAL, Into.ADD)
-        step.norm(_weight(layer.mlp_norm), eps)
+        step.linear(layer.output, Buffer.ATTENDED, Buffer.RESIDUAL, Into.ADD)
+        step.norm(layer.mlp_norm, eps)
+        step.linear(layer.inner, Buffer.NORMED, Buffer.INNER, Into.GATED)
+        step.linear(layer.down, Buffer.INNER, Buffer.RESIDUAL, Into.ADD)
+
+    def _packed_layer(self, layer: LayerWeights) -> PackedLayer:
+        assert isinstance(layer.heads, HeadWeights) and isinstance(layer.mlp, MlpWeights)
         assert layer.mlp.gate is not None, "step programs have gated MLPs"
         (gate, gate_bias), (up, up_bias) = layer.mlp.gate, layer.mlp.up
         bias = None
         if gate_bias is not None and up_bias is not None:
             bias = interleave_gate(gate_bias, up_bias)
-        inner = self._pack(interleave_gate(gate, up), bias)
-        step.linear(inner, Buffer.NORMED, Buffer.INNER, Into.GATED)
-        step.linear(self._pack(*layer.mlp.down), Buffer.INNER, Buffer.RESIDUAL, Into.ADD)
+        return PackedLayer(
+            attention_norm=_weight(layer.attention_norm),
+            qkv=self._pack(*layer.heads.qkv),
+            output=self._pack(*layer.output),
+            mlp_norm=_weight(layer.mlp_norm),
+            inner=self._pack(interleave_gate(gate, up), bias),
+            down=self._pack(*layer.mlp.down),
+        )
 
     def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         started = self._clock()
         packed = PackedWeight(self._quantize(weight) if self._quantize else weight, bias)
         self.times.pack += self._clock() - started
         return packed
+
+
+def _save(store: PackedStore, model: PackedModel) -> None:
+    """Beside the start, which need not wait for the volume; the process may end before it is done,
+    and then the next one does it."""
+    threading.Thread(target=store.save, args=(model,), name="packed weights", daemon=True).start()
 
 
 def _weight(norm: NormWeights | None) -> Tensor:
