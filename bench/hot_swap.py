@@ -11,11 +11,8 @@ float32 every answer must be one revision's greedy answer from its start.
 
 import argparse
 import asyncio
-import os
-import signal
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -105,7 +102,7 @@ async def worker(dtype: str, log: Path) -> AsyncIterator[Any]:
     command += ["--port", str(port), "--metrics-port", "0", "--dtype", dtype]
     command += ["--max-model-len", "1024", "--max-num-seqs", "32"]
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=dict(os.environ))
+        process = await asyncio.create_subprocess_exec(*command, stdout=file, stderr=file)
     try:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub: Any = engine_pb2_grpc.EngineStub(channel)
@@ -114,13 +111,13 @@ async def worker(dtype: str, log: Path) -> AsyncIterator[Any]:
                     await stub.GetModel(engine_pb2.GetModelRequest())
                     break
                 except grpc.aio.AioRpcError:
-                    if process.poll() is not None:
+                    if process.returncode is not None:
                         raise SystemExit(f"the worker ended, see {log}") from None
                     await asyncio.sleep(0.1)
             yield stub
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
+        process.terminate()
+        await process.wait()
 
 
 async def swap(stub: Any, uri: str, revision: str) -> tuple[float, float, float]:

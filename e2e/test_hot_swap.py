@@ -1,8 +1,8 @@
-"""Weights swapped in place under load: real processes, the real model, another set of its weights."""
+"""Weights swapped in place under load: real processes, the real model, two sets of weights."""
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,33 @@ def _undisturbed(url: str) -> dict[int, str]:
     return dict(load.answers)
 
 
+async def _change(
+    service: Service, load: Load, uri: str, in_flight: str, done: Callable[[str], bool]
+) -> float:
+    """Applies a model under load; the seconds until the status says that it serves."""
+    running = asyncio.create_task(load.run())
+    await asyncio.sleep(3.0)
+    began = time.monotonic()
+    await asyncio.to_thread(service.apply, uri, in_flight)
+
+    def serves() -> bool:
+        return done(service.status()["activeRevision"])
+
+    await asyncio.to_thread(wait_until, serves, 180, f"{uri} serves")
+    took = time.monotonic() - began
+    await asyncio.sleep(3.0)
+    load.stopping = True
+    await running
+    return took
+
+
+def _summary(what: str, seconds: float, pause: float, load: Load) -> str:
+    return (
+        f"{what}: {seconds:.1f} s, the engine's pause {1e3 * pause:.1f} ms, the longest gap in an"
+        f" answer {1e3 * load.longest:.0f} ms, {len(load.answers)} answers"
+    )
+
+
 def test_swap_and_way_back_under_32_streams(service: Service) -> None:
     """No request fails, every answer is one revision's from its start, the process stays, and the
     engine's own pauses are short; so it is on the way back, which loads nothing."""
@@ -142,56 +169,20 @@ def test_swap_and_way_back_under_32_streams(service: Service) -> None:
     first, worker = service.status()["activeRevision"], service.worker()
     of_first = _undisturbed(platform.url)
 
-    async def swapped(load: Load) -> float:
-        running = asyncio.create_task(load.run())
-        await asyncio.sleep(3.0)
-        began = time.monotonic()
-        await asyncio.to_thread(service.apply, f"file://{other}", "finish")
-
-        def done() -> bool:
-            return bool(service.status()["activeRevision"] != first)
-
-        await asyncio.to_thread(wait_until, done, 120, "the other weights serve")
-        took = time.monotonic() - began
-        await asyncio.sleep(3.0)
-        load.stopping = True
-        await running
-        return took
-
-    async def went_back(load: Load) -> float:
-        running = asyncio.create_task(load.run())
-        await asyncio.sleep(3.0)
-        began = time.monotonic()
-        await asyncio.to_thread(service.apply, MODEL, "recompute")
-
-        def done() -> bool:
-            return bool(service.status()["activeRevision"] == first)
-
-        await asyncio.to_thread(wait_until, done, 60, "the first weights serve again")
-        took = time.monotonic() - began
-        await asyncio.sleep(3.0)
-        load.stopping = True
-        await running
-        return took
-
     there = Load(platform.url)
-    seconds = asyncio.run(swapped(there))
+    uri = f"file://{other}"
+    seconds = asyncio.run(_change(service, there, uri, "finish", lambda now: now != first))
     of_second = _undisturbed(platform.url)
     assert sum(of_first[i] != of_second[i] for i in of_first) > STREAMS // 2
     count, pause = service.pauses()
-    print(
-        f"swap: {seconds:.1f} s, pause {1e3 * pause:.1f} ms, longest {1e3 * there.longest:.0f} ms"
-    )
     assert count == 1
+    print(_summary("swap", seconds, pause, there))
 
     back = Load(platform.url)
-    seconds = asyncio.run(went_back(back))
+    seconds = asyncio.run(_change(service, back, MODEL, "recompute", lambda now: now == first))
     count, both = service.pauses()
-    print(
-        f"way back: {seconds:.1f} s, pause {1e3 * (both - pause):.1f} ms,"
-        f" longest {1e3 * back.longest:.0f} ms"
-    )
     assert count == 2
+    print(_summary("way back", seconds, both - pause, back))
 
     for load in (there, back):
         kinds = set()
