@@ -58,6 +58,25 @@ def test_lists_come_in_pages() -> None:
     run(check)
 
 
+def test_a_watch_tells_what_happens_after_a_version() -> None:
+    """Events come one by one, of what the selector of the kind matches alone."""
+
+    async def check(fake: FakeApi, api: Api) -> None:
+        fake.put(PODS, pod("before"))
+        since = fake.version
+        fake.put(PODS, pod("p"))
+        fake.put(PODS, {"metadata": {"name": "other", "namespace": "default"}})
+        fake.remove(PODS, "default", "p")
+        told = []
+        async for event in api.watch(PODS, "default", since, 300):
+            told.append((event["type"], event["object"]["metadata"]["name"]))
+            if len(told) == 2:
+                break
+        assert told == [("ADDED", "p"), ("DELETED", "p")]
+
+    run(check)
+
+
 def test_errors_say_what_can_be_done() -> None:
     """Gone, taken, outrun, refused, unreachable: each is told apart."""
 
