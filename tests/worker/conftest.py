@@ -37,3 +37,9 @@ def models() -> ModuleType:
 def groups() -> ModuleType:
     """The module `rank_groups`: executors whose ranks are threads of this process."""
     return _load("rank_groups")
+
+
+@pytest.fixture(scope="session")
+def families() -> ModuleType:
+    """The module `test_families`: a tiny random model of every architecture."""
+    return _load("test_families")

@@ -59,10 +59,6 @@ def unshardable(spec: DecoderSpec) -> str | None:
     """Why ranks cannot divide the layers of this model among them; None where they can."""
     if spec.qk_norm is QkNorm.ALL_HEADS:
         return f"{spec.architecture} norms the queries of all heads together"
-    if spec.latent is not None:
-        return f"{spec.architecture} has latent attention"
-    if spec.names.fused is Fused.BY_HEAD:
-        return f"{spec.architecture} stores queries, keys and values head by head"
     return None
 
 
@@ -124,8 +120,10 @@ def _attention(spec: DecoderSpec, prefix: str) -> Iterator[Stored]:
     names, size = spec.names, spec.head_dim
     queries, keys = spec.num_heads * size, spec.num_kv_heads * size
     if names.fused is not None:
-        axes = (Axis.HEADS, Axis.KV_HEADS, Axis.KV_HEADS)
-        rows = (queries, keys, keys)
+        axes: tuple[Axis, ...] = (Axis.HEADS, Axis.KV_HEADS, Axis.KV_HEADS)
+        rows: tuple[int, ...] = (queries, keys, keys)
+        if names.fused is Fused.BY_HEAD:  # as many keys as queries: a head is all three
+            axes, rows = (Axis.HEADS,), (queries + 2 * keys,)
         fused = f"{prefix}{names.fused_name}"
         yield from _columns(spec, fused, rows, axes, bias=spec.attention_bias)
     else:
@@ -149,17 +147,20 @@ def _latent(spec: DecoderSpec, latent: LatentSpec, prefix: str) -> Iterator[Stor
     hidden, heads = spec.hidden_size, spec.num_heads
     bias = spec.attention_bias
     queries = heads * (latent.plain_dim + latent.rotary_dim)
+    by_head = (Axis.HEADS,)
     if latent.query_rank is None:
-        yield from _whole(f"{prefix}q_proj", queries, hidden)
+        yield from _columns(spec, f"{prefix}q_proj", (queries,), by_head, bias=False)
     else:
         yield from _whole(f"{prefix}q_a_proj", latent.query_rank, hidden, bias=bias)
         yield Stored(f"{prefix}q_a_layernorm.weight", (latent.query_rank,), Role.NORM)
-        yield from _whole(f"{prefix}q_b_proj", queries, latent.query_rank)
+        name, rank = f"{prefix}q_b_proj", latent.query_rank
+        yield from _columns(spec, name, (queries,), by_head, bias=False, inputs=rank)
     joined = latent.kv_rank + latent.rotary_dim
     yield from _whole(f"{prefix}kv_a_proj_with_mqa", joined, hidden, bias=bias)
     yield Stored(f"{prefix}kv_a_layernorm.weight", (latent.kv_rank,), Role.NORM)
     expanded = heads * (latent.plain_dim + latent.value_dim)
-    yield from _whole(f"{prefix}kv_b_proj", expanded, latent.kv_rank)
+    name, rank = f"{prefix}kv_b_proj", latent.kv_rank
+    yield from _columns(spec, name, (expanded,), by_head, bias=False, inputs=rank)
 
 
 def _experts(spec: DecoderSpec, experts: ExpertsSpec, prefix: str) -> Iterator[Stored]:
@@ -206,10 +207,16 @@ def _whole(name: str, outputs: int, inputs: int, *, bias: bool = False) -> Itera
 
 
 def _columns(
-    spec: DecoderSpec, name: str, rows: tuple[int, ...], axes: tuple[Axis, ...], *, bias: bool
+    spec: DecoderSpec,
+    name: str,
+    rows: tuple[int, ...],
+    axes: tuple[Axis, ...],
+    *,
+    bias: bool,
+    inputs: int | None = None,
 ) -> Iterator[Stored]:
-    """A matrix whose outputs are divided."""
-    outputs, inputs = sum(rows), spec.hidden_size
+    """A matrix whose outputs are divided; its inputs are the hidden state unless said otherwise."""
+    outputs, inputs = sum(rows), inputs or spec.hidden_size
     if spec.names.transposed:
         yield Stored(f"{name}.weight", (inputs, outputs), Role.MATRIX, Split(1, axes))
     else:

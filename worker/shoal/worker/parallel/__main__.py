@@ -1,4 +1,4 @@
-"""`python -m shoal.worker.parallel RANK LOG_FORMAT`: one rank of a group on this machine.
+"""`python -m shoal.worker.parallel RANK NODE LOG_FORMAT`: one rank of a group on this machine.
 
 Standard input: one line, the invitation in base64; its end is the driver's.
 """
@@ -14,7 +14,7 @@ from shoal.worker.parallel.invitation import Invitation
 
 
 def main() -> int:
-    rank, log_format = int(sys.argv[1]), sys.argv[2]
+    rank, node, log_format = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     logs.configure(log_format, sys.stdout)
     line = b""
     while not line.endswith(b"\n"):  # unbuffered: what follows is the lifeline's
@@ -26,7 +26,7 @@ def main() -> int:
     share_cores()
     from shoal.worker.parallel.rank import run_rank
 
-    run_rank(Invitation.unpack(b64decode(line)), rank, "localhost")
+    run_rank(Invitation.unpack(b64decode(line)), rank, node)
     return 0
 
 

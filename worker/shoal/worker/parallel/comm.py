@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
 from shoal.kernels import shared
 from shoal.kernels.shared import Mailbox, Meeting, Segment
@@ -154,7 +155,7 @@ class Comm:
 
 
 def connect(
-    peers: Peers, rank: int, store: dist.Store | None, widest_row: int, device: str = "cpu"
+    peers: Peers, rank: int, store: TCPStore | None, widest_row: int, device: str = "cpu"
 ) -> Comm:
     """Opens what `rank` needs; all ranks call it. `store` where the group is `apart`;
     `widest_row`: bytes of a lane's logits of one token."""
@@ -168,7 +169,10 @@ def connect(
             world_size=len(peers.nodes),
             timeout=timedelta(seconds=WAIT_SECONDS),
         )
-        groups = [dist.new_group(peers.stage(stage)) for stage in range(peers.pipeline)]
+        groups = [
+            cast(dist.ProcessGroup, dist.new_group(peers.stage(stage)))
+            for stage in range(peers.pipeline)
+        ]
     segments: list[Segment] = []
 
     def segment(name: str, size: int) -> Segment:

@@ -186,7 +186,7 @@ class GroupExecutor:
 
     def _welcome(self, world: int, key: bytes) -> list[str]:
         """Takes the ranks' connections for plans; returns their nodes."""
-        nodes = {}
+        nodes: dict[int, str] = {}
         self._listener.settimeout(_POLL_SECONDS)
         while len(nodes) < world:
             if (loss := self._lost) is not None:

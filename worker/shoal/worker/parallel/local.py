@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
 from shoal.api.names import ENV_LIFELINE
 
 _STOP_SECONDS: Final = 1.0
+_PROGRAM: Final = (sys.executable, "-m", "shoal.worker.parallel")
 
 
 class LocalLauncher:
@@ -21,9 +22,16 @@ class LocalLauncher:
     host = "127.0.0.1"
 
     def __init__(
-        self, world: int, log_format: str = "text", environ: Mapping[str, str] = os.environ
+        self,
+        world: int,
+        log_format: str = "text",
+        environ: Mapping[str, str] = os.environ,
+        nodes: Sequence[str] | None = None,
     ) -> None:
+        """`nodes`: addresses of this machine that the ranks take for several; none: they know
+        that they can share memory."""
         self._world = world
+        self._nodes = tuple(nodes or ["localhost"] * world)
         self._log_format = log_format
         self._environ = {**environ, ENV_LIFELINE: "stdin"}
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -37,7 +45,7 @@ class LocalLauncher:
         line = b64encode(invitation) + b"\n"
         for rank in range(self._world):
             process = subprocess.Popen(
-                [sys.executable, "-m", "shoal.worker.parallel", str(rank), self._log_format],
+                [*_PROGRAM, str(rank), self._nodes[rank], self._log_format],
                 stdin=subprocess.PIPE,
                 env=self._environ,
                 start_new_session=True,  # a terminal's Ctrl-C is the driver's to answer
@@ -57,14 +65,20 @@ class LocalLauncher:
         return None
 
     def stop(self) -> None:
+        """Those that were told to end do so; the others end with their lifeline."""
+        self._wait(_STOP_SECONDS)
         for process in self._processes:
             assert process.stdin is not None
             with suppress(OSError):
                 process.stdin.close()
-        deadline = time.monotonic() + _STOP_SECONDS
+        self._wait(_STOP_SECONDS)
         for process in self._processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            if process.poll() is None:
                 process.kill()
                 process.wait()
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))

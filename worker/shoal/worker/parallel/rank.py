@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import msgpack
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from shoal.worker.parallel.auth import introduce
 from shoal.worker.parallel.channel import Channel, ChannelClosed
@@ -113,7 +113,7 @@ class _Rank:
         part = open_part(invitation, rank, neighbours, self._progress)
         store = None
         if peers.apart and rank == 0:
-            store = dist.TCPStore(peers.nodes[0], 0, len(peers.nodes), True, wait_for_workers=False)
+            store = TCPStore(peers.nodes[0], 0, len(peers.nodes), True, wait_for_workers=False)
         self._say(
             {
                 "digest": part.digest,
@@ -124,7 +124,7 @@ class _Rank:
         )
         agreed = self._hear()
         if peers.apart and store is None:
-            store = dist.TCPStore(peers.nodes[0], agreed["port"], len(peers.nodes), False)
+            store = TCPStore(peers.nodes[0], agreed["port"], len(peers.nodes), False)
         comm = connect(peers, rank, store, 4 * part.share.vocab.size)
         try:
             started = self._clock()
