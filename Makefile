@@ -58,10 +58,12 @@ lint: $(VENV)/dev.stamp ## ruff, mypy --strict, import-linter
 generate: $(VENV)/dev.stamp ## write what is generated: CRD, schemas, protobuf stubs, manifests
 	$(BIN)/python -m shoal.api.generate
 	$(BIN)/python -m charts.generate
+	$(BIN)/python -m shoal.worker.generate
 
 verify: $(VENV)/dev.stamp ## regenerate them and fail if the committed ones differ
 	$(BIN)/python -m shoal.api.generate --check
 	$(BIN)/python -m charts.generate --check
+	$(BIN)/python -m shoal.worker.generate --check
 
 bench: $(VENV)/dev.stamp ## W1 to W4 against the peers that are installed; results under bench/results
 	$(BIN)/python -m bench.engine

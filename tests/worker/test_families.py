@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.worker.model.families import FAMILIES
 from shoal.worker.model.loader import open_checkpoint
+from shoal.worker.model.table import models_page
 from shoal.worker.model.weight_map import expected_shapes
 from shoal.worker.model.weights import WeightError
 
@@ -197,6 +198,12 @@ def prompts(seed: int, *lengths: int) -> list[list[int]]:
 def test_every_family_has_an_oracle() -> None:
     """No entry of the registry is without a case, and no case without an entry."""
     assert {architecture for architecture, _, _ in CASES.values()} == set(FAMILIES)
+
+
+def test_the_page_about_models_is_up_to_date() -> None:
+    """docs/models.md is what the registry says."""
+    page = Path(__file__).resolve().parents[2] / "docs/models.md"
+    assert page.read_text() == models_page(), "run: make generate"
 
 
 @pytest.mark.parametrize("case", CASES)
