@@ -95,6 +95,9 @@ class FakeCore:
     def session_header(self, service: str) -> str:
         return "x-session-id"
 
+    def pinned(self, service: str, header: Callable[[bytes], bytes | None]) -> str | None:
+        return None
+
     def known_text(self, service: str) -> TextModel | None:
         return None
 

@@ -1,5 +1,6 @@
 """What the HTTP front needs of the router's core; tests bring a scripted one."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -31,6 +32,10 @@ class Core(Protocol):
 
     def session_header(self, service: str) -> str:
         """Name of the header whose requests prefer one replica, in lower case."""
+        ...
+
+    def pinned(self, service: str, header: Callable[[bytes], bytes | None]) -> str | None:
+        """The revision that is meant for requests with such headers, where it can be had."""
         ...
 
     def known_text(self, service: str) -> TextModel | None:
