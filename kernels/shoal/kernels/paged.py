@@ -17,10 +17,10 @@ from torch import Tensor
 
 Ints = npt.NDArray[np.int64]
 
-QUERY_TILE = 64  # queries of a prefill chunk that attend together
+QUERY_TILE = 128  # queries of a prefill chunk that attend together
 _GROUP_STEP = 8  # decode groups end at multiples of this many rows
 # Starting one more decode group costs about as much as gathering this many tokens.
-_GROUP_COST_TOKENS = 800
+_GROUP_COST_TOKENS = 3000
 # Below this many gathered tokens float32 GEMMs beat bfloat16 ones, which start slowly.
 _SMALL_TOKENS = 512
 
