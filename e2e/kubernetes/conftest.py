@@ -17,6 +17,8 @@ from e2e.cluster.report import Report
 from e2e.cluster.testbed import Testbed, open_api, since
 
 COSTS = "What the cluster costs"
+HERE = Path(__file__).resolve().parent
+TEST_SECONDS = 600
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +105,13 @@ def namespace(cluster: Testbed, request: pytest.FixtureRequest) -> Iterator[str]
         folder = cluster.keep(name, request.node.name)
         print(f"objects, events and logs: {folder}")
     cluster.remove_namespace(name)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test's time is its own: the first run of a machine builds a Kubernetes before it."""
+    for item in items:
+        if HERE in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS, func_only=True))
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -114,6 +114,7 @@ def _remove_all(shoal: Platform) -> None:
     )
 
 
+@pytest.mark.timeout(2400, func_only=True)
 def test_every_command_of_the_page_works(
     cluster: Testbed, bare: Platform, report: Report, say: Say, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from e2e.cluster.testbed import Testbed
 
 NAME = "shared"
 TABLE = "Two pods that start at once with one cache"
-MEGABYTES_A_SECOND = 8  # of the package index: 93 MB take 12 s
+MEGABYTES_A_SECOND = 4  # of the package index: 93 MB take 24 s, and are looked at every 5
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def test_two_pods_download_once(
     took = time.monotonic() - began
     wait_for("both", 240, lambda: services.settled(kube, namespace, NAME, 2), every=0.5)
     percents = [int(found[1]) for one in seen if (found := re.search(r"(\d+) % so far", one))]
-    assert len(percents) > 2 and percents == sorted(percents), seen
+    assert len(percents) > 1 and percents == sorted(percents), seen
     logs = [_log(kube, namespace, pod) for pod in services.workers(kube, namespace, NAME)]
     downloaded = [log for log in logs if "%" in log]
     waited = [log for log in logs if "waiting for another process" in log]
