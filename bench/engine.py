@@ -123,7 +123,8 @@ def main() -> None:
 
     series = [Series(name, peer.name, values[name, peer.name]) for name in names for peer in peers]
     shapes = workloads(0)
-    text = table(series, {name: shapes[name].unit for name in names}, reference="shoal")
+    reference = peers[0].name
+    text = table(series, {name: shapes[name].unit for name in names}, reference=reference)
     print("\n" + text)
     RESULTS.mkdir(parents=True, exist_ok=True)
     stem = RESULTS / args.name
@@ -145,7 +146,7 @@ def main() -> None:
         + "\n"
     )
     better = {name: shapes[name].higher_is_better for name in names}
-    plot_ratios(series, better, "shoal", stem.with_suffix(".png"))
+    plot_ratios(series, better, reference, stem.with_suffix(".png"))
     print(f"\nwritten: {stem}.md .json .png")
 
 
