@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 
+from shoal.operator.containers import CREATING, WAITING
 from shoal.operator.observe import FAILING
 from shoal.operator.podstate import fetching, observed_pod
 
@@ -276,3 +277,12 @@ def test_a_bare_pod_is_read_too():
     """Right after it was made it has no status at all."""
     seen = observed_pod({"metadata": {"name": "x"}, "spec": {}}, {})
     assert (seen.reason, seen.ready, seen.group_size) == ("Starting", False, 1)
+
+
+@pytest.mark.parametrize("reason", [it for it in WAITING if it not in CREATING])
+def test_what_no_container_comes_out_of_by_itself_is_a_failure(reason):
+    """Every reason that the table explains needs somebody, and says what to look at."""
+    seen = observed_pod(pod(containers=[waiting(reason, "it says so")]), UP)
+    assert seen.failing
+    assert "it says so" in seen.message
+    assert "imagePullSecrets" in seen.message or "spec.podOverlay" in seen.message

@@ -15,15 +15,15 @@ _MANY_RESTARTS: Final = 2
 _LONGEST_WORDS: Final = 500  # characters of somebody else's words in a message
 _PERCENT_STEP: Final = 5
 
-_CREATING: Final = "is being created"
+_BEING_CREATED: Final = "is being created"
 _NO_IMAGE: Final = (
     "image {image} cannot be had: {said}; check its name, and imagePullSecrets in the pod defaults"
 )
 _OVERLAY: Final = "{said}; make what it names, or change spec.podOverlay"
 # What a container that waits says of itself -> what that means. Others say it in their own words.
-_WAITING: Final[Mapping[str, str]] = {
-    "PodInitializing": _CREATING,
-    "ContainerCreating": _CREATING,
+WAITING: Final[Mapping[str, str]] = {
+    "PodInitializing": _BEING_CREATED,
+    "ContainerCreating": _BEING_CREATED,
     "ErrImagePull": _NO_IMAGE,
     "ImagePullBackOff": _NO_IMAGE,
     "InvalidImageName": _NO_IMAGE,
@@ -35,7 +35,7 @@ _WAITING: Final[Mapping[str, str]] = {
     "RunContainerError": _OVERLAY,
     "PostStartHookError": _OVERLAY,
 }
-_NOT_CREATED: Final = frozenset(reason for reason, text in _WAITING.items() if text == _CREATING)
+CREATING: Final = frozenset(it for it, text in WAITING.items() if text == _BEING_CREATED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +94,9 @@ class Container:
     def _waits(self, reason: str) -> Trouble | None:
         if reason == "CrashLoopBackOff" and self.before is not None:
             return self._ended(self.before, _MANY_RESTARTS)
-        if reason in _NOT_CREATED:
-            return None if self.initial else self._say(reason, _CREATING)
-        text = _WAITING.get(reason, "{said}").format(image=self.image, said=self.said or reason)
+        if reason in CREATING:
+            return None if self.initial else self._say(reason, _BEING_CREATED)
+        text = WAITING.get(reason, "{said}").format(image=self.image, said=self.said or reason)
         return Trouble(word(reason), f"container {self.name}: {text}")
 
     def _initializes(self, progress: str) -> Trouble:
