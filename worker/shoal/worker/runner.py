@@ -14,14 +14,16 @@ from shoal.kernels.paged import CacheShape, flat_order
 from shoal.kernels.quant import GROUP, quantize_int8
 from shoal.worker.config import EngineConfig
 from shoal.worker.executor import ModelInfo, SerialExecutor
+from shoal.worker.foreign import create_foreign_backend
 from shoal.worker.host import available_memory, resident_memory, usable_cores
-from shoal.worker.memory import LOGIT_ROWS, plan_memory
+from shoal.worker.memory import LOGIT_ROWS, MemoryPlan, plan_memory
 from shoal.worker.model.backend import Backend, TorchBackend
-from shoal.worker.model.loader import Quantize, load_decoder, open_checkpoint
+from shoal.worker.model.loader import LoadTimes, Quantize, load_decoder, open_checkpoint
 from shoal.worker.model.native import NativeBackend, unfit
 from shoal.worker.model.packed import PackedStore
 from shoal.worker.model.precision import Precision, choose_precision
 from shoal.worker.model.spec import DecoderSpec
+from shoal.worker.model.weights import UnknownArchitecture
 from shoal.worker.request import SamplingParams
 from shoal.worker.sampler import Sampler, logprob_entries
 from shoal.worker.standby import Standby
@@ -228,34 +230,16 @@ def create_executor(
     torch.set_num_threads(config.threads or usable_cores())
     started = clock()
     precision = choose_precision(config.dtype)
-    checkpoint = open_checkpoint(path)
-    spec = checkpoint.spec
-    max_model_len = longest_sequence(spec, config)
-    quantize = quantizer(spec, config)
-    native = _runs_native(spec, precision, config)
-    memory = plan_memory(
-        spec, precision, config, max_model_len, available_memory(), resident_memory(), native=native
-    )
-    log.info("memory: %s", memory.describe())
+    standby = True
     backend: Backend
-    if native:
-        backend = NativeBackend(
-            checkpoint,
-            precision,
-            block_size=config.block_size,
-            num_blocks=memory.num_blocks,
-            max_model_len=max_model_len,
-            max_tokens=config.max_batched_tokens,
-            threads=torch.get_num_threads(),
-            quantize=quantize,
-            store=_store(packed, path, precision, config),
-            clock=clock,
+    try:
+        backend, memory, times = _known_backend(path, config, precision, clock, packed)
+    except UnknownArchitecture as unknown:
+        backend, memory = create_foreign_backend(
+            path, config, precision, unknown, longest_sequence, clock
         )
-        times = backend.times
-    else:
-        decoder, times = load_decoder(checkpoint, precision, clock, quantize)
-        shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
-        backend = TorchBackend(decoder, shape, max_model_len, quantize)
+        times, standby = LoadTimes(), False
+    max_model_len = longest_sequence(backend.spec, config)
     progress("load", clock() - started - times.pack)
     progress("pack", times.pack)
     started = clock()
@@ -269,17 +253,54 @@ def create_executor(
     progress("kv", clock() - started)
     started = clock()
     executor.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1), clock)
-    executor.standby = Standby(executor, path, memory, config.memory_limit_bytes)
+    if standby:
+        executor.standby = Standby(executor, path, memory, config.memory_limit_bytes)
     progress("warm-up", clock() - started)
     return executor
+
+
+def _known_backend(
+    path: Path,
+    config: EngineConfig,
+    precision: Precision,
+    clock: Callable[[], float],
+    packed: Path | None,
+) -> tuple[Backend, MemoryPlan, LoadTimes]:
+    """For an architecture of the registry; UnknownArchitecture for another."""
+    checkpoint = open_checkpoint(path)
+    spec = checkpoint.spec
+    max_model_len = longest_sequence(spec, config)
+    quantize = quantizer(spec, config)
+    native = _runs_native(spec, precision, config)
+    memory = plan_memory(
+        spec, precision, config, max_model_len, available_memory(), resident_memory(), native=native
+    )
+    log.info("memory: %s", memory.describe())
+    if native:
+        found = NativeBackend(
+            checkpoint,
+            precision,
+            block_size=config.block_size,
+            num_blocks=memory.num_blocks,
+            max_model_len=max_model_len,
+            max_tokens=config.max_batched_tokens,
+            threads=torch.get_num_threads(),
+            quantize=quantize,
+            store=_store(packed, path, precision, config),
+            clock=clock,
+        )
+        return found, memory, found.times
+    decoder, times = load_decoder(checkpoint, precision, clock, quantize)
+    shape = CacheShape(memory.num_blocks, config.block_size, spec.num_kv_heads, spec.head_dim)
+    return TorchBackend(decoder, shape, max_model_len, quantize), memory, times
 
 
 def _store(
     folder: Path | None, path: Path, precision: Precision, config: EngineConfig
 ) -> PackedStore | None:
-    if folder is None:
-        return None
-    return PackedStore(folder, path, precision.name, config.quantization)
+    return (
+        None if folder is None else PackedStore(folder, path, precision.name, config.quantization)
+    )
 
 
 def longest_sequence(spec: DecoderSpec, config: EngineConfig) -> int:
@@ -297,8 +318,7 @@ def quantizer(spec: DecoderSpec, config: EngineConfig) -> Quantize | None:
         raise ValueError(f"quantization is {config.quantization!r}, expected one of {known}")
     if config.quantization != "int8":
         return None
-    widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
-    for width in widths:
+    for width in spec.input_widths:
         if width % GROUP:
             raise ValueError(
                 f"quantization is int8, but {spec.architecture} has layers of {width} inputs, "

@@ -168,3 +168,13 @@ class DecoderSpec:
     def value_dim(self) -> int:
         """Elements of a head's value; the cache keeps `head_dim` for it."""
         return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def input_widths(self) -> tuple[int, ...]:
+        """How many inputs the matrices have that quantization rounds."""
+        widths = [self.hidden_size, self.num_heads * self.value_dim, self.intermediate_size]
+        if self.experts is not None:
+            widths += [self.experts.inner, self.experts.shared_inner or self.experts.inner]
+        if self.latent is not None:
+            widths += [self.latent.kv_rank, self.latent.query_rank or self.latent.kv_rank]
+        return tuple(dict.fromkeys(widths))
