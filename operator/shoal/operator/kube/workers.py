@@ -12,7 +12,7 @@ from shoal.operator.kube.workqueue import WorkQueue
 
 log: Final = logging.getLogger(__name__)
 
-_SETTLE_SECONDS: Final = 0.1  # what was done comes to its end, or to its next step
+_SETTLE_SECONDS: Final = 0.25  # what was done comes to its end, or to its next step
 _SOON: Final = 5  # looks in a row that may follow each other so soon
 _PATIENT_SECONDS: Final = 1.0
 
