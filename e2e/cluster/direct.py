@@ -14,6 +14,7 @@ import orjson
 
 from e2e.cluster.kube import Object
 from e2e.cluster.layout import ClusterError
+from shoal.api.names import MANAGER
 from shoal.operator.kube.access import load_access
 
 _CONNECTIONS: Final = 32
@@ -42,6 +43,13 @@ class DirectApi:
             await self._call("POST", path, thing, "application/json", strict)
         )
         return made
+
+    async def apply(self, path: str, thing: Object) -> Object:
+        """Server-side apply, as the operator asks."""
+        ours = {"fieldManager": MANAGER, "force": "true"}
+        kind = "application/apply-patch+yaml"
+        found: Object = orjson.loads(await self._call("PATCH", path, thing, kind, ours))
+        return found
 
     async def merge(self, path: str, patch: Object) -> Object:
         kind = "application/merge-patch+json"

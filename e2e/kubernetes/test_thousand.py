@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from e2e.cluster import kwok, platform, services
+from e2e.cluster.bare import make_all
 from e2e.cluster.command import Say, wait_for
 from e2e.cluster.direct import DirectApi, open_direct
 from e2e.cluster.kube import Object, condition
@@ -158,6 +159,22 @@ def test_a_cold_restart_writes_nothing(crowd: Crowd) -> None:
     crowd.row("writes of the cold restart", f"{after - before:.0f}", "0")
     crowd.row("operator: resident memory after it", f"{crowd.memory():.0f} MiB", "150 MiB")
     assert after == before
+
+
+def test_the_same_objects_without_an_operator(crowd: Crowd) -> None:
+    """What is left where nobody decides: the API server's time, and that of the controllers."""
+    kube = crowd.bed.kube
+    operators = ("scale", "deployment/shoal-operator", "-n", platform.NAMESPACE)
+    namespace = crowd.bed.make_namespace("bare")
+    kube.kubectl(*operators, "--replicas=0")
+    try:
+        wait_for("the operators' end", 60, lambda: not crowd.shoal.operators())
+        took = crowd.run(partial(make_all, namespace=namespace, count=COUNT, at_once=AT_ONCE))
+        crowd.row("the same objects made by a loop, no operator", f"{took:.1f} s")
+        kube.kubectl("delete", "infs", "--all", "-n", namespace, "--wait=false", seconds=300)
+        kube.kubectl("delete", "namespace", namespace, "--wait=true", seconds=400)
+    finally:
+        kube.kubectl(*operators, "--replicas=2")
 
 
 def _ready_nodes(nodes: list[Object]) -> bool:
