@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BYSTANDERS = 20
 RATE = 2.0  # requests a second, of each bystander
 FLOOD = 400  # streams
+_FLOOD_SECONDS = 5.0
 SLOTS, STEP_SECONDS, TOKENS, MAX_QUEUED = 8, 0.02, 16, 200
 
 
@@ -72,7 +73,11 @@ def main() -> None:
     parser.add_argument("--services", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--engines", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--flood", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.flood:
+        print(json.dumps(asdict(asyncio.run(flood(args.flood, args.seconds)))), flush=True)
+        return
     if args.engines:
         asyncio.run(engines(args.services))
         return
@@ -92,6 +97,30 @@ async def engines(count: int) -> None:
         ports.append(port)
     print(json.dumps(ports), flush=True)
     await asyncio.gather(*(server.wait_for_termination() for server in servers))
+
+
+async def flood(url: str, seconds: float) -> Seen:
+    """`FLOOD` streams to one service, in a process of their own: what they cost their clients is
+    not the others' to wait for."""
+    seen = Seen()
+    limits = httpx.Limits(max_connections=FLOOD, max_keepalive_connections=FLOOD)
+    end = time.perf_counter() + seconds
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+
+        async def stream() -> None:
+            pause = 0.0
+            while time.perf_counter() + pause < end:
+                if pause:
+                    await asyncio.sleep(pause)
+                pause = await _ask(client, 0, seen)
+
+        streams = [asyncio.create_task(stream()) for _ in range(FLOOD)]
+        await asyncio.sleep(seconds)
+        for one in streams:
+            one.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    seen.first.clear()
+    return seen
 
 
 async def measure(count: int, seconds: float) -> list[Phase]:
@@ -122,7 +151,7 @@ async def measure(count: int, seconds: float) -> list[Phase]:
 
 
 async def _phases(count: int, seconds: float, router: int, http: int, grpc: int) -> list[Phase]:
-    limits = httpx.Limits(max_connections=FLOOD + 200, max_keepalive_connections=FLOOD + 200)
+    limits = httpx.Limits(max_connections=200, max_keepalive_connections=200)
     url = f"http://127.0.0.1:{http}"
     client = RouterClient(f"127.0.0.1:{grpc}")
     try:
@@ -130,8 +159,8 @@ async def _phases(count: int, seconds: float, router: int, http: int, grpc: int)
             await _all_admitted(client, count)
             scaling = Scaling(client, count)
             found = []
-            for name, streams in (("alone", 0), ("one service flooded", FLOOD)):
-                found.append(await _phase(name, streams, seconds, router, http_client, scaling))
+            for flooded in ("", url):
+                found.append(await _phase(flooded, seconds, router, http_client, scaling))
             return found
     finally:
         await client.close()
@@ -171,38 +200,35 @@ class Scaling:
 
 
 async def _phase(
-    name: str,
-    streams: int,
-    seconds: float,
-    router: int,
-    client: httpx.AsyncClient,
-    scaling: Scaling,
+    flooded: str, seconds: float, router: int, client: httpx.AsyncClient, scaling: Scaling
 ) -> Phase:
-    bystanders, flood = Seen(), Seen()
+    """`flooded`: the router's URL, where one service is."""
+    bystanders, flooding = Seen(), None
+    if flooded:
+        command = [sys.executable, "-m", "bench.many_models", "--flood", flooded]
+        flooding = _spawn([*command, "--seconds", str(seconds + _FLOOD_SECONDS)])
+        await asyncio.sleep(_FLOOD_SECONDS)  # until all its streams are there
     end = time.perf_counter() + seconds
     process = psutil.Process(router)
     cpu, began = sum(process.cpu_times()[:2]), time.perf_counter()
     scaling.took.clear()
     looking = asyncio.create_task(scaling.run())
-    flooding = [asyncio.create_task(_flood(client, flood, end)) for _ in range(streams)]
     await asyncio.gather(
         *(_bystander(client, n, bystanders, end) for n in range(1, BYSTANDERS + 1))
     )
     used = (sum(process.cpu_times()[:2]) - cpu) / (time.perf_counter() - began)
     wanted, others = scaling.wanted(_name(0)), scaling.most_of_others(_name(0))
-    for task in (looking, *flooding):
-        task.cancel()
-    await asyncio.gather(looking, *flooding, return_exceptions=True)
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    seen = Seen()
+    if flooding is not None:
+        said, _ = await asyncio.to_thread(flooding.communicate, None, 60)
+        seen = Seen(**json.loads(said))
     took = quantile(scaling.took, 0.5) or 0.0
-    found = Phase(name, bystanders, flood, used, took * 1000, wanted, others)
+    name = "one service flooded" if flooded else "alone"
+    found = Phase(name, bystanders, seen, used, took * 1000, wanted, others)
     print(_row(found), flush=True)
     return found
-
-
-async def _flood(client: httpx.AsyncClient, seen: Seen, end: float) -> None:
-    while time.perf_counter() < end:
-        pause = await _ask(client, 0, seen)
-        await asyncio.sleep(pause)
 
 
 async def _bystander(client: httpx.AsyncClient, number: int, seen: Seen, end: float) -> None:

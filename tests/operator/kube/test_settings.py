@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal.api.types import ScalingDriver
 from shoal.operator.kube.settings import OperatorSettings, read_settings
 
 
@@ -74,3 +75,15 @@ def test_wrong_values_are_refused(
     """The sentence names the flag, the value and what would do."""
     said = refused(capsys, flag, value)
     assert flag in said and value in said and says in said
+
+
+def test_other_autoscalers_need_their_ports_and_files(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each port brings its driver, and says what it lacks."""
+    assert "--tls-cert-file" in refused(capsys, "--external-metrics-port", "6443")
+    assert "--scaler-address" in refused(capsys, "--keda-port", "9092")
+    settings = read(
+        *("--external-metrics-port", "6443", "--tls-cert-file", "/c", "--tls-key-file", "/k"),
+        *("--keda-port", "9092", "--scaler-address", "op:9092"),
+    )
+    assert settings.platform.drivers == frozenset(ScalingDriver)
+    assert read().platform.drivers == {ScalingDriver.INTERNAL}
