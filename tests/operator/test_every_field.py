@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 
-from shoal.api.rules import violations
 from shoal.api.rollout import CanarySpec, CanaryStep, RollbackSpec
+from shoal.api.rules import violations
 from shoal.api.scaling import AutoscalingSpec
 from shoal.api.types import ApiModel, InferenceService, InferenceServiceSpec, InferenceServiceStatus
 from shoal.operator.actions import SaveRevision
@@ -19,6 +19,7 @@ from shoal.operator.platform import Platform
 from shoal.operator.revision import Revision, revision_of
 from shoal.operator.trials import Trials
 from shoal.operator.unsupported import unsupported
+from shoal.operator.webhooks import Webhooks
 from tests.operator.conftest import CREATED, make_service
 
 # This release quantizes nothing at load time, so `none` is what `auto` does.
@@ -99,7 +100,8 @@ def _plans(service: InferenceService) -> list[Plan]:
     rollout = Observed(pods=pods, routers=(RouterView(1, views),), revisions=(old,))
     draining = replace(rollout, pods=tuple(replace(p, drain_started=0.0) for p in pods))
     served = replace(rollout, status=InferenceServiceStatus(active_revision=name))
-    tried = replace(served, trial=Trials(ALL).look("chat", service, served, 61.0))
+    trials = Trials(ALL, Webhooks(lambda: 0.0))
+    tried = replace(served, trial=trials.look("chat", service, served, 61.0))
     return [plan(service, seen, 61.0, ALL) for seen in (Observed(), rollout, draining, tried)]
 
 

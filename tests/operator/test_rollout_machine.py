@@ -20,6 +20,7 @@ from shoal.operator.observe import SwapState, SwapView
 from shoal.operator.plan import plan
 from shoal.operator.revision import revision_of
 from shoal.operator.trials import Trials
+from shoal.operator.webhooks import Webhooks
 from tests.operator.conftest import make_service
 from tests.operator.simulated import NODES, PLATFORM, Cluster, Snapshot
 
@@ -38,7 +39,7 @@ class Machine(Cluster):
 
     def __init__(self):
         super().__init__()
-        self.trials = Trials(PLATFORM)
+        self.trials = Trials(PLATFORM, Webhooks(lambda: 0.0))
         self.calls = {}  # by pod: what the operator's process knows of its last call
         self.served = {}  # by pod: (revision, restarts) that the engine has swapped to
         self.refuses = False  # engines take no other weights
@@ -89,7 +90,7 @@ class Machine(Cluster):
 
     def killed(self):
         """The operator's process is gone, and all that it knew."""
-        self.trials, self.calls = Trials(PLATFORM), {}
+        self.trials, self.calls = Trials(PLATFORM, Webhooks(lambda: 0.0)), {}
 
     def swap(self):
         """Engines come to the end of the calls to them."""

@@ -93,6 +93,33 @@ class Look:
     analysis: Analysis
 
 
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What a webhook says of the new revision."""
+
+    healthy: bool
+    message: str = ""
+
+
+def with_opinion(
+    spec: CanaryAnalysis, before: Analysis, found: Look, opinion: Opinion | None
+) -> Look:
+    """The look with somebody else's judgement. No answer promotes nobody, and fails nobody."""
+    if found.verdict not in (Verdict.HEALTHY, Verdict.FAILING):
+        return found
+    if opinion is None:
+        if found.verdict is Verdict.FAILING:
+            return found
+        message = f"the webhook has not answered; {found.message}"
+        return replace(found, verdict=Verdict.WAITING, message=message)
+    if opinion.healthy:
+        return found
+    analysis = replace(found.analysis, failed_looks=before.failed_looks + 1)
+    failed = analysis.failed_looks >= spec.max_failures
+    said = f"the webhook says no{': ' if opinion.message else ''}{opinion.message}"
+    return Look(Verdict.FAILED if failed else Verdict.FAILING, f"{said}; {found.message}", analysis)
+
+
 def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts) -> Look:
     """Judges what both revisions' requests met since the last look."""
     warm = before.requests >= spec.min_requests

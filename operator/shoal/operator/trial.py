@@ -19,7 +19,7 @@ from shoal.api.rollout import CanarySpec
 from shoal.api.status import CanaryEvidence, CanaryStatus
 from shoal.api.types import InferenceService
 from shoal.api.v1 import router_pb2
-from shoal.operator.analysis import Analysis, Look, Verdict, look
+from shoal.operator.analysis import Analysis, Look, Opinion, Verdict, look, with_opinion
 from shoal.operator.analysis_counts import Tally
 from shoal.operator.analysis_evidence import Evidence
 from shoal.operator.canary import CanaryState, Course, Situation, advance, describe
@@ -62,11 +62,12 @@ def attend(
     bounds: Bounds,
     state: TrialState | None,
     now: float,
+    opinion: Opinion | None = None,
 ) -> Attended:
     """What a service's canary asks for now; a course without a state where there is none.
 
     `answers` holds what routers said lately about the service, `wanted` is the spec's revision.
-    `state` None: the process has just begun to look.
+    `state` None: the process has just begun to look. `opinion` is the webhook's, where it has one.
     """
     observed = replace(observed, pods=tuple(g.as_replica() for g in groups_of(observed.pods)))
     spec, active = service.spec.rollout.canary, observed.status.active_revision
@@ -80,7 +81,7 @@ def attend(
         state = TrialState(active, wanted, _analysis_of(evidence))
     stands = _state_of(shown) if shown is not None else None
     if stands is None or stands.aborted is None:
-        state = _looked(spec, state, answers, now)
+        state = _looked(spec, state, answers, now, opinion)
     situation = Situation(
         wanted=wanted,
         active=active,
@@ -112,6 +113,7 @@ def _looked(
     state: TrialState,
     answers: Mapping[str, router_pb2.ServiceLoad],
     now: float,
+    opinion: Opinion | None,
 ) -> TrialState:
     """`state` after a look, if one is due. The first one only notes where the counts begin."""
     if spec.analysis is None:
@@ -123,6 +125,8 @@ def _looked(
     if not canary.requests and not canary.ttft.total and not canary.itl.total:
         return state  # nothing to judge: neither better nor worse than at the last look
     outcome = look(spec.analysis, state.analysis, stable, canary)
+    if spec.analysis.webhook is not None:
+        outcome = with_opinion(spec.analysis, state.analysis, outcome, opinion)
     return replace(state, analysis=outcome.analysis, outcome=outcome)
 
 

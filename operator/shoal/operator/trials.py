@@ -6,11 +6,13 @@ What is remembered may be lost at any time: the status holds what a restart need
 """
 
 from shoal.api.types import InferenceService
+from shoal.operator.analysis import Opinion
 from shoal.operator.observe import Observed, TrialView
 from shoal.operator.plan import bounds_of, refusals_of
 from shoal.operator.platform import Platform
 from shoal.operator.trial import TrialState, attend
 from shoal.operator.wanted import wanted_revision
+from shoal.operator.webhooks import Webhooks
 
 LOOK_SECONDS = 1.0  # between two looks at a service, so that a step ends when its time is over
 
@@ -18,8 +20,9 @@ LOOK_SECONDS = 1.0  # between two looks at a service, so that a step ends when i
 class Trials:
     """The memory of all canaries, in one process."""
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: Platform, webhooks: Webhooks) -> None:
         self._platform = platform
+        self._webhooks = webhooks
         self._states: dict[str, TrialState] = {}
         self._weights: dict[str, int] = {}
 
@@ -37,7 +40,8 @@ class Trials:
         answers = {view.name: view.load for view in observed.routers if view.load is not None}
         bounds = bounds_of(service, observed)
         state = self._states.get(key)
-        found = attend(service, observed, answers, revision, bounds, state, now)
+        opinion = self._opinion(key, service, observed, revision)
+        found = attend(service, observed, answers, revision, bounds, state, now, opinion)
         if found.state is not None:
             self._states[key] = found.state
         if found.course.weights is None:
@@ -54,11 +58,30 @@ class Trials:
         """Nothing of the service is on trial."""
         self._states.pop(key, None)
         self._weights.pop(key, None)
+        self._webhooks.forget(key)
 
     def clear(self) -> None:
         """Somebody else decides from here on."""
         self._states.clear()
         self._weights.clear()
+        self._webhooks.clear()
+
+    def _opinion(
+        self, key: str, service: InferenceService, observed: Observed, revision: str
+    ) -> Opinion | None:
+        spec, shown = service.spec.rollout.canary, observed.status.canary
+        if spec is None or spec.analysis is None or spec.analysis.webhook is None:
+            return None
+        if shown is None or shown.revision != revision or shown.aborted_time is not None:
+            return None  # the first look of a step has nothing to ask about yet
+        question = {
+            "service": self._platform.service_key(service),
+            "revision": revision,
+            "stable": shown.stable,
+            "step": shown.step,
+            "weight": shown.weight,
+        }
+        return self._webhooks.opinion(key, spec.analysis, question)
 
     def _on_trial(self, service: InferenceService, observed: Observed) -> str | None:
         """The revision that is to be tried, or goes on being tried."""

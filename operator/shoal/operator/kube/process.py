@@ -53,6 +53,7 @@ from shoal.operator.router_client import RouterClient
 from shoal.operator.scaler import Scalers, scales_itself
 from shoal.operator.swapper import Swapper
 from shoal.operator.trials import Trials
+from shoal.operator.webhooks import Webhooks
 
 log: Final = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class _Operator:
             all_changed=self._wake_all,
         )
         self._scalers = Scalers()
-        self._trials = Trials(settings.platform)
+        self._trials = Trials(settings.platform, Webhooks(time.monotonic))
         self._swapper = Swapper(self._wake)
         self._starts = ColdStarts(self.metrics.started)
         reconciler = Reconciler(

@@ -1,5 +1,6 @@
 """One service on this machine: look, plan, act. The planner decides, this carries it out."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ from shoal.operator.revision import Revision
 from shoal.operator.scaler import Scalers
 from shoal.operator.swapper import Swapper
 from shoal.operator.trials import Trials
+from shoal.operator.webhooks import Webhooks
 
 # The conditions that are announced, each with the status that means trouble.
 _TROUBLE = {
@@ -59,7 +61,7 @@ class Reconciler:
         self._swapper = swapper
         self._resting: dict[str, tuple[object, float]] = {}
         self._scalers = Scalers()
-        self._trials = Trials(LOCAL)
+        self._trials = Trials(LOCAL, Webhooks(time.monotonic))
         self._starts = ColdStarts()
 
     def reconcile(
