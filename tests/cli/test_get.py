@@ -152,6 +152,17 @@ def test_describe_tells_everything(chat: Any) -> None:
         assert part in out
 
 
+def test_describe_says_where_a_start_took_its_time(chat: Any) -> None:
+    """The phases of the last start, and the autoscaler's number instead of the spec's."""
+    phases = [{"phase": "weights", "seconds": 6.25}, {"phase": "route", "seconds": 0.5}]
+    start = {"pod": "chat-abc12-1", "time": "2026-01-01T00:00:00Z", "seconds": 6.75}
+    status = {"coldStart": {**start, "phases": phases}, "autoscaling": {"desired": 3}}
+    chat.store.write_status("chat", status)
+    out = chat.shoal("describe", "chat").stdout
+    assert "chat-abc12-1 after 6.8 s (weights 6.2, route 0.5)" in out
+    assert "3 wanted" in out
+
+
 def test_describe_as_json_has_service_and_pods(chat: Any) -> None:
     """Programs get the same objects."""
     items = json.loads(chat.shoal("describe", "chat", "-o", "json").stdout)["items"]

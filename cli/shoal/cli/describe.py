@@ -49,7 +49,7 @@ def command(name: str, output: str | None, backend: Backend) -> None:
 def _head(document: Mapping[str, Any], now: float) -> str:
     metadata, spec = document["metadata"], document["spec"]
     status = document.get("status") or {}
-    wanted = spec.get("replicas", 1)
+    wanted = (status.get("autoscaling") or {}).get("desired", spec.get("replicas", 1))
     ready, routable = status.get("readyReplicas", 0), status.get("routableReplicas", 0)
     lines = [
         ("Name", metadata["name"]),
