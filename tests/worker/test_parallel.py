@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from shoal.kernels.native import unavailable as no_programs
 from shoal.kernels.shared import unavailable
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine
@@ -182,6 +183,40 @@ def test_draws_and_logprobs(llama: Path, groups: ModuleType) -> None:
     assert found == tokens
     assert numbers == pytest.approx(values, abs=1e-4)
     assert len(values) == 36 * 3 + 10 * 4
+
+
+@pytest.mark.skipif(no_programs() is not None, reason=str(no_programs()))
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_step_programs_process_the_parts_of_ranks(
+    quantization: str, models: ModuleType, groups: ModuleType, tmp_path: Path
+) -> None:
+    """In bfloat16: stages give the very tokens of one rank, since they compute the same sums;
+    lanes add in another order, and agree in the logprobs."""
+    path = models.save(models.tiny("groups-of-64"), tmp_path)
+    config = groups.settings(dtype="bfloat16", block_size=16, quantization=quantization)
+    asked = prompts(199, 37, 9)
+    reference = create_executor(path, config, lambda phase, seconds: None)
+    wanted = groups.generate(reference, config, asked, 12)
+    values = prompt_logprobs(Engine(reference, config), asked[0])
+    reference.close()
+    with groups.group(path, 1, 3, config) as executor:
+        assert groups.generate(executor, config, asked, 12) == wanted
+    for tensor, pipeline in ((2, 1), (2, 2)):
+        with groups.group(path, tensor, pipeline, config) as executor:
+            found = prompt_logprobs(Engine(executor, config), asked[0])
+            assert found == pytest.approx(values, abs=0.1)
+
+
+def prompt_logprobs(engine: Engine, prompt: Tokens) -> list[float]:
+    """Of each token of the prompt."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    engine.add(EngineRequest("logprobs", prompt, len(prompt), sampling))
+    values = []
+    while engine.has_work:
+        for delta in engine.step().deltas:
+            values += [entry.logprobs[0] for entry in delta.prompt_logprobs or () if entry]
+    assert len(values) == len(prompt) - 1
+    return values
 
 
 def test_int8_groups(models: ModuleType, groups: ModuleType, tmp_path: Path) -> None:

@@ -44,14 +44,14 @@ def unfit(spec: DecoderSpec, precision: Precision, block_size: int) -> str | Non
         return why
     if precision.name != "bfloat16":
         return f"dtype is {precision.name}, and step programs compute in bfloat16"
-    if (what := _foreign(spec)) is not None:
+    if (what := foreign_parts(spec)) is not None:
         return f"step programs do not know {what}"
     if spec.intermediate_size % _GATE_ROWS:
         return f"intermediate size {spec.intermediate_size} is no multiple of {_GATE_ROWS}"
     return geometry(spec, block_size).unfit()
 
 
-def _foreign(spec: DecoderSpec) -> str | None:
+def foreign_parts(spec: DecoderSpec) -> str | None:
     """What the model has that step programs do not; None where they know all of it."""
     known = (
         ("norms other than RMS norm", spec.norm in (NormKind.RMS, NormKind.RMS_PLUS_ONE)),
@@ -80,14 +80,15 @@ def geometry(spec: DecoderSpec, block_size: int) -> Geometry:
         heads=spec.num_heads,
         kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        rotary_dim=_rope(spec).rotary_dim,
+        rotary_dim=rope_of(spec).rotary_dim,
         block_size=block_size,
         scale=spec.score_scale,
         window=spec.layers[0].window,
     )
 
 
-def _rope(spec: DecoderSpec) -> RopeSpec:
+def rope_of(spec: DecoderSpec) -> RopeSpec:
+    """That of all layers."""
     rope = spec.layers[0].rope
     assert rope is not None, "step programs rotate in every layer"
     return rope
@@ -125,8 +126,8 @@ class NativeBackend:
         self._precision = precision
         self._geometry = geometry(spec, block_size)
         self._caches = [self._geometry.cache(num_blocks) for _ in range(spec.num_layers)]
-        self._turns = _rope(spec).table(max_model_len)
-        self._buffers = _buffers(spec, max_tokens)
+        self._turns = rope_of(spec).table(max_model_len)
+        self._buffers = step_buffers(spec, max_tokens)
         model = store.load() if store is not None else None
         self.mapped = model is not None
         if model is None:
@@ -139,11 +140,10 @@ class NativeBackend:
         """Reads the weights, and packs each as soon as it is read."""
         read = WeightReader(checkpoint, self._precision, self._clock)
         embedding = read.embedding()
-        layers = tuple(
-            self._packed_layer(read.layer(index)) for index in range(self.spec.num_layers)
-        )
-        norm, head = _weight(read.norm()), self._pack(*read.head(embedding))
-        self.times.load = read.seconds
+        pack = LayerPacker(self._quantize, self._clock)
+        layers = tuple(pack.layer(read.layer(index)) for index in range(self.spec.num_layers))
+        norm, head = norm_weight(read.norm()), pack.matrix(*read.head(embedding))
+        self.times.load, self.times.pack = read.seconds, pack.seconds
         return PackedModel(embedding, layers, norm, head)
 
     def _record_all(self, model: PackedModel) -> None:
@@ -165,7 +165,7 @@ class NativeBackend:
         buffers = list(self._buffers)
         buffers[Buffer.RESIDUAL] = hidden.contiguous()
         buffers[Buffer.LOGITS] = torch.empty(rows, self.spec.vocab_size)
-        self._head.run(self._team, _rows_alone(rows), np.zeros(0, np.int64), buffers)
+        self._head.run(self._team, rows_alone(rows), np.zeros(0, np.int64), buffers)
         return buffers[Buffer.LOGITS]
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -200,7 +200,16 @@ class NativeBackend:
         step.linear(layer.inner, Buffer.NORMED, Buffer.INNER, Into.GATED)
         step.linear(layer.down, Buffer.INNER, Buffer.RESIDUAL, Into.ADD)
 
-    def _packed_layer(self, layer: LayerWeights) -> PackedLayer:
+
+class LayerPacker:
+    """Packs matrices as step programs want them. `seconds`: what that took so far."""
+
+    def __init__(self, quantize: Quantize | None, clock: Clock = time.perf_counter) -> None:
+        self.seconds = 0.0
+        self._quantize = quantize
+        self._clock = clock
+
+    def layer(self, layer: LayerWeights) -> PackedLayer:
         assert isinstance(layer.heads, HeadWeights) and isinstance(layer.mlp, MlpWeights)
         assert layer.mlp.gate is not None, "step programs have gated MLPs"
         (gate, gate_bias), (up, up_bias) = layer.mlp.gate, layer.mlp.up
@@ -208,18 +217,18 @@ class NativeBackend:
         if gate_bias is not None and up_bias is not None:
             bias = interleave_gate(gate_bias, up_bias)
         return PackedLayer(
-            attention_norm=_weight(layer.attention_norm),
-            qkv=self._pack(*layer.heads.qkv),
-            output=self._pack(*layer.output),
-            mlp_norm=_weight(layer.mlp_norm),
-            inner=self._pack(interleave_gate(gate, up), bias),
-            down=self._pack(*layer.mlp.down),
+            attention_norm=norm_weight(layer.attention_norm),
+            qkv=self.matrix(*layer.heads.qkv),
+            output=self.matrix(*layer.output),
+            mlp_norm=norm_weight(layer.mlp_norm),
+            inner=self.matrix(interleave_gate(gate, up), bias),
+            down=self.matrix(*layer.mlp.down),
         )
 
-    def _pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         started = self._clock()
         packed = PackedWeight(self._quantize(weight) if self._quantize else weight, bias)
-        self.times.pack += self._clock() - started
+        self.seconds += self._clock() - started
         return packed
 
 
@@ -229,12 +238,13 @@ def _save(store: PackedStore, model: PackedModel) -> None:
     threading.Thread(target=store.save, args=(model,), name="packed weights", daemon=True).start()
 
 
-def _weight(norm: NormWeights | None) -> Tensor:
+def norm_weight(norm: NormWeights | None) -> Tensor:
+    """[hidden] float32"""
     assert norm is not None and norm.weight is not None, "step programs norm before each part"
     return norm.weight
 
 
-def _buffers(spec: DecoderSpec, rows: int) -> list[Tensor]:
+def step_buffers(spec: DecoderSpec, rows: int) -> list[Tensor]:
     """By `Buffer`; logits are allocated for each call, since the sampler keeps them."""
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     bfloat16 = torch.bfloat16
@@ -248,7 +258,7 @@ def _buffers(spec: DecoderSpec, rows: int) -> list[Tensor]:
     ]
 
 
-def _rows_alone(rows: int) -> FlatBatch:
+def rows_alone(rows: int) -> FlatBatch:
     """A batch for a program that knows no sequences."""
     none = np.zeros(0, np.int64)
     return FlatBatch(np.zeros(rows, np.int64), none, none, none, none, np.zeros((0, 1), np.int64))

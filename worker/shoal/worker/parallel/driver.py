@@ -131,7 +131,8 @@ class GroupExecutor:
         return result
 
     def timings(self) -> dict[int, dict[str, float]]:
-        """Of each rank since it was last asked: see `rank.Timings`. Between steps only."""
+        """Of each rank since it was last asked: see `stage.Timings`; and `tables`, the checksum of
+        its block tables. With no plan under way only."""
         for channel in self._channels.values():
             channel.send(Verb.TIMINGS)
         return {rank: self._ask(rank) for rank in self._channels}
@@ -174,7 +175,8 @@ class GroupExecutor:
         info = opened[0]["info"]
         self.info = ModelInfo(**{**info, "eos_token_ids": tuple(info["eos_token_ids"])})
         self.num_blocks = min(said["blocks"] for said in opened.values())
-        self._tell({"blocks": self.num_blocks, "port": opened[0]["port"]})
+        native = all(said["native"] for said in opened.values())
+        self._tell({"blocks": self.num_blocks, "native": native, "port": opened[0]["port"]})
         loaded = {rank: self._ask(rank) for rank in range(world)}
         for rank, said in loaded.items():
             event(log, "rank loaded", rank=rank, node=nodes[rank], **said)

@@ -15,13 +15,14 @@ from shoal.worker.executor import ModelInfo
 from shoal.worker.host import available_memory, resident_memory, usable_cores
 from shoal.worker.memory import MemoryPlan, plan_memory
 from shoal.worker.model.loader import Quantize, open_checkpoint
+from shoal.worker.model.native import unfit
 from shoal.worker.model.precision import Precision, choose_precision
 from shoal.worker.model.reader import check
 from shoal.worker.model.spec import DecoderSpec
 from shoal.worker.parallel.invitation import Invitation, Order, model_path
 from shoal.worker.parallel.layout import Place, Share
 from shoal.worker.parallel.shard import ShardedSource, part_of, share_of
-from shoal.worker.runner import longest_sequence, quantizer
+from shoal.worker.runner import BACKENDS, longest_sequence, quantizer
 from shoal.worker.sources import resolve
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Part:
     config: EngineConfig
     memory: MemoryPlan
     max_model_len: int
+    native: bool  # step programs can compute the parts of all ranks
     digest: str  # the same on all nodes that have the same files
 
     @property
@@ -80,6 +82,7 @@ def open_part(
     spec = part_of(checkpoint.spec, own)
     max_model_len = longest_sequence(spec, config)
     quantize = quantizer(spec, config)
+    native = _runs_native(checkpoint.spec, invitation, precision, units)
     limit = config.memory_limit_bytes
     memory = plan_memory(
         spec,
@@ -88,6 +91,7 @@ def open_part(
         max_model_len,
         available_memory() // neighbours,
         resident_memory(),
+        native=native,
     )
     log.info("rank %d of %d: memory: %s", rank, invitation.world, memory.describe())
     names = list(checkpoint.source.shapes)
@@ -102,8 +106,30 @@ def open_part(
         config=config,
         memory=memory,
         max_model_len=max_model_len,
+        native=native,
         digest=digest_of(path),
     )
+
+
+def _runs_native(
+    spec: DecoderSpec, invitation: Invitation, precision: Precision, units: tuple[int, ...]
+) -> bool:
+    """Whether step programs compute, on all ranks or on none: lanes exchange what their backend
+    gives. ValueError where they must and cannot."""
+    config = invitation.order.config
+    if config.backend not in BACKENDS:
+        raise ValueError(f"backend is {config.backend!r}, expected " + ", ".join(BACKENDS))
+    if config.backend == "torch":
+        return False
+    for rank in range(invitation.world):
+        place = Place.of(rank, invitation.tensor, invitation.pipeline)
+        own = part_of(spec, share_of(spec, place, units))
+        if (why := unfit(own, precision, config.block_size)) is not None:
+            if config.backend == "native":
+                raise ValueError(f"backend is native, but {why} (rank {rank})")
+            log.info("backend: torch (%s, rank %d)", why, rank)
+            return False
+    return True
 
 
 class Reads:

@@ -2,8 +2,9 @@
 
     rank   {rank, node}
     driver {nodes, segments}            all have joined
-    rank   {digest, blocks, info, port} the model is opened; rank 0 names its store's port
-    driver {blocks, port}               KV blocks of the smallest
+    rank   {digest, blocks, native, info, port}
+                                        the model is opened; rank 0 names its store's port
+    driver {blocks, native, port}       KV blocks of the smallest; whether all run step programs
     rank   {backend, bytes, seconds}    weights are loaded
     driver {go}
     rank   {rate}                       warmed up, in prompt tokens a second; serves from here

@@ -292,7 +292,8 @@ class Watch:
         elif peer.rank is None:
             self._drop(peer)
         elif "failed" in message:
-            self.report(peer.rank, message["failed"])
+            failed, why = peer.rank, message["failed"]
+            self._update(lambda vitals: vitals.failed(failed, why, now))
         else:
             rank, phase = peer.rank, message["phase"]
             self._update(lambda vitals: vitals.heard(rank, now, phase=phase))

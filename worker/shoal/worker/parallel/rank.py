@@ -23,10 +23,11 @@ from shoal.worker.parallel.channel import Channel, ChannelClosed
 from shoal.worker.parallel.comm import Comm, Peers, connect, disconnect
 from shoal.worker.parallel.invitation import Invitation
 from shoal.worker.parallel.messages import StepFailed, pack_result, unpack_plan
-from shoal.worker.parallel.part import Part, open_part
+from shoal.worker.parallel.native_stage import NativeStage
+from shoal.worker.parallel.part import open_part
 from shoal.worker.parallel.protocol import Verb
 from shoal.worker.parallel.pulse import Hello, Pulse
-from shoal.worker.parallel.stage import StageBackend, StageExecutor, Timings
+from shoal.worker.parallel.stage import Exchange, StageExecutor, TorchStage
 from shoal.worker.parallel.vitals import SERVING
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class _Rank:
             {
                 "digest": part.digest,
                 "blocks": part.memory.num_blocks,
+                "native": part.native,
                 "info": asdict(part.info),
                 "port": 0 if store is None else store.port,
             }
@@ -128,7 +130,10 @@ class _Rank:
         comm = connect(peers, rank, store, 4 * part.share.vocab.size)
         try:
             started = self._clock()
-            backend = StageBackend(part, comm, agreed["blocks"], Timings(self._clock))
+            whole = part.whole
+            exchange = Exchange(part.share, comm, whole.hidden_size, whole.vocab_size, self._clock)
+            stage = NativeStage if agreed["native"] else TorchStage
+            backend = stage(part, exchange, agreed["blocks"])
             seconds = round(self._clock() - started, 3)
             self._say(
                 {"backend": backend.name, "bytes": part.source.bytes_read, "seconds": seconds}
@@ -147,7 +152,7 @@ class _Rank:
             if verb == Verb.END:
                 return
             if verb == Verb.TIMINGS:
-                self._say(executor.timings.taken())
+                self._say({**executor.timings.taken(), "tables": executor.digest()})
                 continue
             wire = unpack_plan(body[1:])
             try:
@@ -170,6 +175,3 @@ class _Rank:
     def _hear(self) -> dict[str, Any]:
         message: dict[str, Any] = msgpack.unpackb(self._channel.receive())
         return message
-
-
-__all__ = ["Part", "run_rank"]

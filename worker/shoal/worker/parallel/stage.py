@@ -4,7 +4,10 @@ Every lane of a stage has the same residual, bit by bit: what its heads and inne
 share, and the sum of the shares is the same on all lanes.
 """
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,10 +16,12 @@ from shoal.kernels.flat import FlatBatch, Ints
 from shoal.kernels.paged import CacheShape
 from shoal.worker.memory import LOGIT_ROWS
 from shoal.worker.model.backend import Backend, TorchBackend
-from shoal.worker.model.decoder import Decoder, alone
+from shoal.worker.model.decoder import Decoder
 from shoal.worker.model.loader import Packer
-from shoal.worker.model.reader import Checkpoint, WeightReader
-from shoal.worker.parallel.comm import Comm, Link
+from shoal.worker.model.reader import Checkpoint, Clock, WeightReader
+from shoal.worker.model.weights import WeightError
+from shoal.worker.parallel.comm import Comm
+from shoal.worker.parallel.layout import Share
 from shoal.worker.parallel.messages import WirePlan
 from shoal.worker.parallel.part import Part
 from shoal.worker.runner import InProcessExecutor
@@ -24,28 +29,41 @@ from shoal.worker.sampler import logprob_entries
 from shoal.worker.step import PromptLogprobs, Row, Sampled, StepResult
 
 _WARM_UP_TOKENS = 64
+WEIGHTS_STAY = "a model that several ranks compute keeps its weights"
 
 
 class Timings:
     """Where a rank's time goes, in seconds since it was last asked."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._last = clock()
         self._zero()
 
     def heard(self) -> None:
         """A plan came."""
-        now = self.clock()
+        now = self._clock()
         self.waiting += now - self._last
         self._last = now
 
     def done(self) -> None:
         """It is computed, and answered."""
-        now = self.clock()
+        now = self._clock()
         self.busy += now - self._last
         self._last = now
         self.steps += 1
+
+    @contextmanager
+    def of_lanes(self) -> Iterator[None]:
+        started = self._clock()
+        yield
+        self.lanes += self._clock() - started
+
+    @contextmanager
+    def of_links(self) -> Iterator[None]:
+        started = self._clock()
+        yield
+        self.links += self._clock() - started
 
     def taken(self) -> dict[str, float]:
         """`steps`; `waiting` for plans; `busy` with them; of that `lanes` and `links` were
@@ -58,7 +76,7 @@ class Timings:
             "links": self.links,
         }
         self._zero()
-        self._last = self.clock()
+        self._last = self._clock()
         return found
 
     def _zero(self) -> None:
@@ -66,21 +84,84 @@ class Timings:
         self.waiting = self.busy = self.lanes = self.links = 0.0
 
 
-class StageBackend(TorchBackend):
-    """Implements `shoal.worker.model.backend.Backend` for one rank, but for the logits, which one
-    lane has alone. All lanes of a stage make the same calls."""
+class Exchange:
+    """A rank's ways to the others, timed, and which rows of the vocabulary are its own."""
+
+    def __init__(self, share: Share, comm: Comm, hidden: int, vocab: int, clock: Clock) -> None:
+        """`hidden` and `vocab` are the whole model's."""
+        self.place = share.place
+        self.timings = Timings(clock)
+        self._rows = share.vocab
+        self._comm = comm
+        self._hidden, self._vocab = hidden, vocab
+
+    @property
+    def begins(self) -> bool:
+        """Whether the residual comes from tokens here, not from a stage before."""
+        return self._comm.before is None
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """values becomes its sum over the lanes."""
+        if self.place.lanes > 1:
+            with self.timings.of_lanes():
+                self._comm.lanes.add_(values)
+        return values
+
+    def receive(self, tokens: int) -> Tensor:
+        """The residual of the stage before: [tokens, hidden] float32."""
+        assert self._comm.before is not None, "the first stage has none before it"
+        with self.timings.of_links():
+            return self._comm.before.receive(torch.empty(tokens, self._hidden))
+
+    def pass_on(self, residual: Tensor) -> bool:
+        """Sends [tokens, hidden] to the stage after; False where there is none."""
+        if self._comm.after is None:
+            return False
+        with self.timings.of_links():
+            self._comm.after.send(residual)
+        return True
+
+    def embedded(self, ids: Tensor, lookup: Callable[[Tensor], Tensor]) -> Tensor:
+        """`lookup` gives [tokens, hidden] float32 for rows of this lane's part of the embedding."""
+        if self.place.lanes == 1:
+            return lookup(ids)
+        own = ids - self._rows.first
+        foreign = (own < 0) | (own >= self._rows.size)
+        residual = lookup(own.masked_fill_(foreign, 0))
+        residual.masked_fill_(foreign.unsqueeze(1), 0.0)
+        return self.sum_(residual)
+
+    def gathered(self, logits: Tensor) -> Tensor | None:
+        """[rows, this lane's part of the vocabulary] -> [rows, vocab] on lane 0, None elsewhere."""
+        if self.place.lanes == 1:
+            return logits
+        with self.timings.of_lanes():
+            whole = self._comm.lanes.gather(logits)
+        return None if whole is None else whole[:, : self._vocab].contiguous()
+
+
+class StageBackend(Backend, Protocol):
+    """What computes a rank's layers. All lanes of a stage make the same calls."""
+
+    name: str
+    exchange: Exchange
+
+    def gathered_logits(self, hidden: Tensor) -> Tensor | None:
+        """hidden [rows, hidden] -> [rows, vocab] on lane 0 of the last stage, None elsewhere."""
+        ...
+
+
+class TorchStage(TorchBackend):
+    """Torch's operations, one by one."""
 
     name = "torch"
 
-    def __init__(self, part: Part, comm: Comm, num_blocks: int, timings: Timings) -> None:
+    def __init__(self, part: Part, exchange: Exchange, num_blocks: int) -> None:
         """Reads the rank's weights."""
         spec = part.spec
         shape = CacheShape(num_blocks, part.config.block_size, spec.num_kv_heads, spec.head_dim)
-        self._place = part.share.place
-        self._vocab = part.share.vocab
-        self._lanes, self._before, self._after = comm.lanes, comm.before, comm.after
+        self.exchange = exchange
         self._positions: Tensor | None = None  # [learned_positions, hidden]
-        self.timings = timings
         super().__init__(self._load(part), shape, part.max_model_len, part.quantize)
         self.spec = part.whole
 
@@ -88,57 +169,25 @@ class StageBackend(TorchBackend):
         ids, positions = torch.from_numpy(batch.ids), torch.from_numpy(batch.positions)
         wanted = torch.from_numpy(rows)
         inputs = self.inputs(batch)
-        if self._before is None:
-            residual = self._embed(ids, positions)
+        if self.exchange.begins:
+            residual = self.exchange.embedded(ids, lambda own: self._decoder.embed(own, positions))
+            if self._positions is not None:
+                residual.add_(self._positions.index_select(0, positions))
         else:
-            residual = self._receive(self._before, len(ids))
-        if self._after is None:
+            residual = self.exchange.receive(len(ids))
+        if self.exchange.place.last:
             return self._decoder.run(residual, inputs, wanted)
         residual = self._decoder.run(residual, inputs)
-        self._send(self._after, residual)
+        self.exchange.pass_on(residual)
         return residual.index_select(0, wanted)
 
     def gathered_logits(self, hidden: Tensor) -> Tensor | None:
-        """hidden [rows, hidden] -> [rows, vocab] on lane 0 of the last stage, None elsewhere."""
-        if not self._place.last:
+        if not self.exchange.place.last:
             return None
-        part = self._decoder.logits(hidden)
-        if self._place.lanes == 1:
-            return part
-        started = self.timings.clock()
-        whole = self._lanes.gather(part)
-        self.timings.lanes += self.timings.clock() - started
-        return None if whole is None else whole[:, : self.spec.vocab_size].contiguous()
+        return self.exchange.gathered(self._decoder.logits(hidden))
 
-    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
-        if self._place.lanes == 1:
-            residual = self._decoder.embed(ids, positions)
-        else:
-            own = ids - self._vocab.first
-            foreign = (own < 0) | (own >= self._vocab.size)
-            residual = self._decoder.embed(own.masked_fill_(foreign, 0), positions)
-            residual.masked_fill_(foreign.unsqueeze(1), 0.0)
-            self._reduce(residual)
-        if self._positions is not None:
-            residual.add_(self._positions.index_select(0, positions))
-        return residual
-
-    def _reduce(self, values: Tensor) -> Tensor:
-        started = self.timings.clock()
-        self._lanes.add_(values)
-        self.timings.lanes += self.timings.clock() - started
-        return values
-
-    def _receive(self, link: Link, tokens: int) -> Tensor:
-        started = self.timings.clock()
-        residual = link.receive(torch.empty(tokens, self.spec.hidden_size))
-        self.timings.links += self.timings.clock() - started
-        return residual
-
-    def _send(self, link: Link, residual: Tensor) -> None:
-        started = self.timings.clock()
-        link.send(residual)
-        self.timings.links += self.timings.clock() - started
+    def sibling(self, checkpoint: Checkpoint) -> "TorchStage":
+        raise WeightError(WEIGHTS_STAY)
 
     def _load(self, part: Part) -> Decoder:
         place, spec = part.share.place, part.spec
@@ -159,11 +208,11 @@ class StageBackend(TorchBackend):
             spec=spec,
             precision=part.precision,
             embedding=embedding if place.first else None,
-            positions=None,
+            positions=None,  # added once, after the sum over lanes
             layers=layers,
             norm=norm,
             head=head,
-            reduce=self._reduce if place.lanes > 1 else alone,
+            reduce=self.exchange.sum_,
         )
 
 
@@ -179,9 +228,13 @@ class StageExecutor(InProcessExecutor):
             slots=part.config.max_num_seqs,
         )
         self.place = part.share.place
-        self.timings = backend.timings
+        self.timings = backend.exchange.timings
         self.warm_up_tokens = min(_WARM_UP_TOKENS, part.max_model_len - 1)
         self._stage = backend
+
+    def digest(self) -> int:
+        """Of all block tables: equal on all ranks after the same plans."""
+        return zlib.crc32(self._tables.tobytes(), zlib.crc32(self._table_len.tobytes()))
 
     def compute(self, wire: WirePlan) -> StepResult:
         """The plan's result, which is empty on ranks that do not answer."""

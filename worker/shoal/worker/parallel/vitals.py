@@ -3,8 +3,9 @@
     waiting --joined--> starting --said "serving"--> serving
        any of them --left, failed, silent too long--> lost
 
-The first rank that is lost is the group's end: the others cannot go on without it, and their own
-errors, which follow at once, are of no interest any more.
+The first rank that is lost is the group's end: the others cannot go on without it. What they say of
+their own end, such as that a peer is gone, is often heard before; so a rank that ends without a
+word is looked for a moment before another's word is taken for the reason.
 """
 
 import math
@@ -24,6 +25,7 @@ class Patience:
     # Importing, loading and compiling hold the interpreter for seconds at a time.
     starting: float = 30.0
     serving: float = 2.0
+    blame: float = 0.5  # after a rank's own word, for one that ended without
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Vitals:
 
     ranks: Mapping[int, Rank]
     loss: Loss | None = None
+    suspect: tuple[Loss, float] | None = None  # what a rank said of its own end, and when
 
     @staticmethod
     def of(world: int) -> "Vitals":
@@ -81,18 +84,28 @@ class Vitals:
         said = Rank(rank, known.host if host is None else host, phase, now)
         return replace(self, ranks={**self.ranks, rank: said})
 
+    def failed(self, rank: int, why: str, now: float) -> "Vitals":
+        """The rank's own word of its end; the first word counts."""
+        if self.suspect is not None:
+            return self
+        return replace(self, suspect=(self._loss(rank, why), now))
+
     def lost(self, rank: int, why: str) -> "Vitals":
-        """The rank's own word of its end, or that of whoever runs it; the first word counts."""
+        """The rank ended, as others saw; the first counts. Its own word says more than that."""
         if self.loss is not None:
             return self
-        known = self.ranks[rank]
-        return replace(self, loss=Loss(rank, known.host, known.phase, why))
+        if self.suspect is not None and self.suspect[0].rank == rank:
+            return self
+        return replace(self, loss=self._loss(rank, why))
 
     def judged(self, now: float, patience: Patience) -> "Vitals":
         """Loses the rank that has been silent for too long, if any: of several, the one that
         was silent first."""
         if self.loss is not None:
             return self
+        if self.suspect is not None:
+            loss, since = self.suspect
+            return replace(self, loss=loss) if now - since >= patience.blame else self
         for rank in sorted(self.ranks.values(), key=lambda known: known.heard):
             silent = now - rank.heard
             if silent >= (limit := _limit(rank, patience)):
@@ -100,6 +113,10 @@ class Vitals:
                     return self.lost(rank.rank, f"it did not join within {limit:g} s")
                 return self.lost(rank.rank, f"nothing was heard of it for {silent:.1f} s")
         return self
+
+    def _loss(self, rank: int, why: str) -> Loss:
+        known = self.ranks[rank]
+        return Loss(rank, known.host, known.phase, why)
 
 
 def _limit(rank: Rank, patience: Patience) -> float:
