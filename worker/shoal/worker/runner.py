@@ -175,8 +175,8 @@ class InProcessExecutor(SerialExecutor):
         sampling = np.flatnonzero([row.sample for row in rows])
         if not len(sampling):
             return StepResult((), tuple(part for part in prompts if part.entries))
-        ends = hidden[torch.from_numpy(sampling)]
-        sampled = self._sample(ends, slots[sampling], (starts + counts)[sampling], backend)
+        newest = hidden[torch.from_numpy(sampling)]
+        sampled = self._sample(newest, slots[sampling], (starts + counts)[sampling], backend)
         return StepResult(tuple(sampled), tuple(part for part in prompts if part.entries))
 
     def _sample(
