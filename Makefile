@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-thousand images
+.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-thousand e2e-autoscaler images
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,10 +41,14 @@ test: $(VENV)/dev.stamp ## install what the tests need and run them
 
 e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
 	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes $(E2E_FLAGS)
-	@$(BIN)/python -m pytest e2e/kubernetes --ignore e2e/kubernetes/test_thousand.py $(E2E_FLAGS)
+	@$(BIN)/python -m pytest e2e/kubernetes --ignore e2e/kubernetes/test_thousand.py \
+	  --ignore e2e/kubernetes/test_autoscaler.py $(E2E_FLAGS)
 
 e2e-thousand: $(VENV)/dev.stamp ## a thousand services on a real Kubernetes: minutes, figures and goals
 	@$(BIN)/python -m pytest e2e/kubernetes/test_thousand.py
+
+e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler beside ours, the same load: two minutes of it
+	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py
 
 images: ## container images of router, operator and worker (docker, podman or buildah; see images/)
 	@images/build.sh
