@@ -110,7 +110,7 @@ FAILURES = (
 
 
 @pytest.mark.parametrize("trial", range(TRIALS))
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name)
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name.replace(" ", "_"))
 def test_a_failure_ends_the_group_and_it_comes_back(
     group: Group,
     expected: list[tuple[int, ...]],

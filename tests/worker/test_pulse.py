@@ -88,6 +88,17 @@ def test_a_ranks_own_last_word_is_the_reason(group: Group) -> None:
     assert group.losses[0].why == "no room for the weights"
 
 
+def test_a_rank_that_ends_without_a_word_is_the_reason(group: Group) -> None:
+    """Its peers say at once that it is gone, and may be heard first."""
+    first, second = group.rank(0), group.rank(1)
+    group.watch.wait_joined()
+    first.fail("connection reset by peer")
+    time.sleep(0.1)
+    second.close()
+    until(lambda: group.losses)
+    assert str(group.losses[0]) == "rank 1 on host-1 is lost while starting: its process ended"
+
+
 def test_a_silent_rank_is_lost_while_it_serves(group: Group) -> None:
     """A process that is stopped keeps its connections: only silence tells."""
     with socket.create_connection(group.watch.address) as mute:

@@ -41,16 +41,14 @@ class RayLauncher:
         pipeline: int,
         address: str | None,
         *,
-        gpus: int = 0,
         environ: Mapping[str, str] = os.environ,
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         """`address` of a Ray cluster's head, or None: a cluster of this machine alone, with room
-        for all ranks, on `gpus` devices where there are some."""
+        for all ranks, on its GPUs where it has some."""
         self._tensor = tensor
         self._pipeline = pipeline
         self._address = address
-        self._gpus = gpus
         self._environ = dict(environ)
         self._wait_seconds = wait_seconds
         self._node: _Child | None = None
@@ -98,7 +96,7 @@ class RayLauncher:
 
     def _own_node(self) -> str:
         ranks = self._tensor * self._pipeline
-        flags = ["--ip", self.host, "--ranks", str(ranks), "--gpus", str(self._gpus)]
+        flags = ["--ip", self.host, "--ranks", str(ranks)]
         self._node = _Child("node", flags, self._environ)
         said = self._node.next_line(START_SECONDS + _MARGIN_SECONDS)
         word, _, rest = said.partition(" ")

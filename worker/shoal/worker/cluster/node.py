@@ -34,6 +34,8 @@ _LOOK_SECONDS: Final = 0.2
 _END_SECONDS: Final = 5.0
 _ADOPT_ORPHANS: Final = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OBJECT_STORE_BYTES: Final = 100_000_000  # nothing of ours goes through it
+_ATTEMPTS: Final = 3
+_TOO_SLOW: Final = "timed out during startup"
 _ESSENTIAL: Final = ("raylet", "gcs_server")
 
 
@@ -62,7 +64,12 @@ class NodeSpec:
             *(ray, "start", *where, f"--node-ip-address={self.ip}", f"--temp-dir={temp_dir}"),
             *(f"--num-cpus={self.ranks}", f"--num-gpus={self.gpus}"),
             *(f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"),
-            *("--include-log-monitor=false", "--log-style=record", "--log-color=false"),
+            *(
+                "--no-monitor",
+                "--include-log-monitor=false",
+                "--log-style=record",
+                "--log-color=false",
+            ),
         ]
 
 
@@ -85,6 +92,22 @@ class RayNode:
         """Starts Ray, and returns when it is up: a follower has joined by then. Raises
         NodeError."""
         adopt_orphans()
+        for _ in range(_ATTEMPTS):
+            if (why := self._try()) is None:
+                break
+            _end_descendants()
+            # Ray gives itself half a minute, which a busy machine may not have.
+            if _TOO_SLOW not in why:
+                raise NodeError(why)
+        else:
+            raise NodeError(why)
+        named = [(one.name(), one) for one in _descendants()]
+        self._essential = [(name, one) for name, one in named if name in _ESSENTIAL]
+        if not self._essential:
+            raise NodeError("ray start left no process behind that could serve")
+
+    def _try(self) -> str | None:
+        """One `ray start`; why it failed, or None."""
         ray = str(Path(sys.executable).with_name("ray"))
         # Its daemons would keep a pipe open.
         with tempfile.TemporaryFile("w+") as said:
@@ -98,20 +121,15 @@ class RayNode:
                     timeout=START_SECONDS,
                 )
             except subprocess.TimeoutExpired:
-                raise NodeError(f"ray start took more than {START_SECONDS:g} s") from None
+                return f"ray start took more than {START_SECONDS:g} s"
             except OSError as error:
                 raise NodeError(
                     f"ray cannot be run ({error.strerror}: {ray}): it comes with "
                     "pip install 'shoal[worker,ray]'"
                 ) from error
             said.seek(0)
-            if done.returncode != 0:
-                last = " / ".join(said.read().strip().splitlines()[-3:])
-                raise NodeError(f"ray start ended with {done.returncode}: {last}")
-        named = [(one.name(), one) for one in _descendants()]
-        self._essential = [(name, one) for name, one in named if name in _ESSENTIAL]
-        if not self._essential:
-            raise NodeError("ray start left no process behind that could serve")
+            last = " / ".join(said.read().strip().splitlines()[-3:])
+            return f"ray start ended with {done.returncode}: {last}" if done.returncode else None
 
     def ended(self) -> str | None:
         """Which of Ray's processes is gone, or None while all live."""
@@ -126,14 +144,7 @@ class RayNode:
 
     def close(self) -> None:
         """Ends all processes below this one. Idempotent."""
-        deadline = time.monotonic() + _END_SECONDS
-        while (found := _descendants()) and time.monotonic() < deadline:
-            for process in found:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            psutil.wait_procs(found, timeout=0.5)
+        _end_descendants()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def __enter__(self) -> "RayNode":
@@ -193,7 +204,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ip", default=own_address())
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--gpus", type=int, default=own_gpus())
     args = parser.parse_args(arguments)
     stop = stopping()
     port = args.port or free_port(args.ip)
@@ -217,10 +228,26 @@ def own_address(towards: str = "198.51.100.1") -> str:
             return "127.0.0.1"
 
 
+def own_gpus(devices: Path = Path("/dev")) -> int:
+    """NVIDIA's devices that this machine, or this container, has."""
+    return sum(1 for _ in devices.glob("nvidia[0-9]*"))
+
+
 def free_port(ip: str) -> int:
     with socket.socket() as probe:
         probe.bind((ip, 0))
         return int(probe.getsockname()[1])
+
+
+def _end_descendants() -> None:
+    deadline = time.monotonic() + _END_SECONDS
+    while (found := _descendants()) and time.monotonic() < deadline:
+        for process in found:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(found, timeout=0.5)
 
 
 def _descendants() -> list[psutil.Process]:

@@ -126,7 +126,8 @@ class GroupExecutor:
         except OSError as error:
             raise DeviceLost(self._blame(error)) from error
         if isinstance(result, StepFailed):
-            raise DeviceLost(f"rank {self._answers}: {result.error}")
+            # It may be what a rank says of a peer that is gone.
+            raise DeviceLost(self._blame(f"rank {self._answers} says {result.error}"))
         self._relay.collected(result)
         return result
 
@@ -243,7 +244,7 @@ class GroupExecutor:
         progress(phase, now - started)
         return now
 
-    def _blame(self, error: OSError) -> str:
+    def _blame(self, error: OSError | str) -> str:
         """Who is gone, as the pulse tells it; else what the connection said."""
         deadline = time.monotonic() + _BLAME_SECONDS
         while self._lost is None and time.monotonic() < deadline:
