@@ -241,7 +241,7 @@ def run_soak(args: argparse.Namespace) -> None:
             max_num_seqs=16,
             max_batched_tokens=64,
             block_size=4,
-            kv_cache_blocks=160,
+            kv_cache_blocks=70,
             dtype="float32",
             threads=1,
         )

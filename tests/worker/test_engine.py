@@ -6,6 +6,7 @@ from types import ModuleType
 import pytest
 
 from shoal.worker.engine import MAX_FAILURES, EngineDead
+from shoal.worker.executor import DeviceLost
 from shoal.worker.loop import EngineLoop
 from shoal.worker.request import ErrorCode, FinishReason, InvalidRequest, SequenceKey
 from shoal.worker.sequence import mix
@@ -410,3 +411,32 @@ def test_no_more_sequences_are_promised_than_a_step_has_tokens(kv: ModuleType) -
         engine.step()
         most = max(most, engine.load().running)
     assert most == engine.max_num_seqs
+
+
+def test_a_device_that_says_it_is_gone_ends_the_engine_at_once(kv: ModuleType) -> None:
+    """No second try: everything in flight ends with a status that another replica may mend."""
+    engine, model = kv.build(depth=2)
+    client = kv.Client(engine)
+    for number in range(12):
+        engine.add(kv.request(f"{number}", prompt(9, number), 20))
+    client.step()
+
+    def fault(plan: StepPlan) -> dict[int, str]:
+        raise DeviceLost("rank 2 on host b is lost")
+
+    model.fault = fault
+    client.step()
+    assert engine.dead == "rank 2 on host b is lost"
+    assert set(client.finish.values()) == {FinishReason.ERROR} and len(client.finish) == 12
+    assert {delta.code for delta in client.last.values()} == {ErrorCode.INTERNAL}
+    with pytest.raises(EngineDead, match="rank 2"):
+        engine.step()
+
+
+def test_a_device_that_is_gone_while_nobody_asks_is_known(kv: ModuleType) -> None:
+    """Without a step: the engine is dead, and takes nothing on."""
+    engine, model = kv.build()
+    model.lost = "rank 1 is lost"
+    assert engine.dead == "rank 1 is lost"
+    with pytest.raises(EngineDead, match="rank 1 is lost"):
+        engine.add(kv.request("a", prompt(3), 3))

@@ -6,8 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from shoal.worker.config import EngineConfig
-from shoal.worker.flags import add_engine_flags, engine_config
+from shoal.worker.config import EngineConfig, ParallelConfig
+from shoal.worker.flags import (
+    add_engine_flags,
+    add_parallel_flags,
+    engine_config,
+    parallel_config,
+)
 from shoal.worker.request import EngineRequest, InvalidRequest, SamplingParams
 from shoal.worker.validate import check_config, validate_request, validate_sampling
 
@@ -173,3 +178,16 @@ def test_a_flag_below_its_least_is_refused_at_once(capsys: pytest.CaptureFixture
         parser.parse_args(["--max-num-seqs", "many"])
     assert "--max-num-seqs: invalid integer value: 'many'" in capsys.readouterr().err
     assert engine_config(parser.parse_args(["--max-model-len", "2"])).max_model_len == 2
+
+
+def test_flags_of_parallelism() -> None:
+    """What is not said is one rank in the engine's process; an address without Ray is refused."""
+    parser = argparse.ArgumentParser()
+    add_parallel_flags(parser)
+    assert parallel_config(parser.parse_args([])) == ParallelConfig()
+    assert ParallelConfig().in_process
+    several = parallel_config(parser.parse_args(["--tensor", "2", "--pipeline", "3"]))
+    assert (several.ranks, several.in_process) == (6, False)
+    assert not parallel_config(parser.parse_args(["--executor", "ray"])).in_process
+    with pytest.raises(ValueError, match="--ray-address needs --executor ray, not auto"):
+        parallel_config(parser.parse_args(["--ray-address", "10.0.0.1:6379"]))
