@@ -1,10 +1,12 @@
 """A router without requests: admits what its route tables list, and says so by GetLoad.
 
 A file <pod>.busy beside the tables makes a pod look as if it had requests in flight;
-<service>.queued holds the number of requests that wait, <service>.idle the seconds since the last.
+<service>.counts holds requests and failures by revision as JSON, <service>.queued the number of
+requests that wait, <service>.idle the seconds since the last.
 """
 
 import argparse
+import json
 import os
 import signal
 import socket
@@ -34,6 +36,7 @@ class Router(router_pb2_grpc.RouterServicer):
             generation=table.generation,
             queued=int(self.figure(table.service, "queued")),
             idle_seconds=self.figure(table.service, "idle"),
+            revisions=self.revisions(table.service),
             endpoints=[
                 router_pb2.EndpointLoad(
                     name=e.name,
@@ -45,6 +48,14 @@ class Router(router_pb2_grpc.RouterServicer):
                 for e in table.endpoints
             ],
         )
+
+    def revisions(self, service: str) -> list[router_pb2.RevisionLoad]:
+        path = self.routes / f"{service}.counts"
+        counts = json.loads(path.read_text()) if path.exists() else {}
+        return [
+            router_pb2.RevisionLoad(revision=name, requests=requests, errors=failed)
+            for name, (requests, failed) in counts.items()
+        ]
 
     def figure(self, service: str, name: str) -> float:
         path = self.routes / f"{service}.{name}"

@@ -1,6 +1,7 @@
 """A worker without a model: speaks gRPC health, and misbehaves as its model URI asks.
 
-py://good serves; py://broken ends at once; py://stubborn ignores SIGTERM; py://parent starts a
+py://good and py://better serve, and swap to each other's weights but not to py://wide's, which
+serves, too; py://broken ends at once; py://stubborn ignores SIGTERM; py://parent starts a
 process of its own; py://dead is alive until a file of that name beside its log says otherwise.
 """
 
@@ -18,9 +19,19 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from shoal.api.lifeline import watch_lifeline
+from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Engine(engine_pb2_grpc.EngineServicer):
+    def SwapWeights(self, request, context):
+        if request.uri == "py://wide":
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "wide has other shapes")
+        print(f"swapped to {request.uri} as {request.revision}", flush=True)
+        yield engine_pb2.SwapProgress(phase=engine_pb2.SwapProgress.LOADING, fraction=0.5)
+        yield engine_pb2.SwapProgress(phase=engine_pb2.SwapProgress.DONE)
 
 
 def main() -> int:
@@ -41,6 +52,7 @@ def main() -> int:
     server = grpc.server(futures.ThreadPoolExecutor(4))
     state = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(state, server)
+    engine_pb2_grpc.add_EngineServicer_to_server(Engine(), server)
     server.add_insecure_port(f"{os.environ['SHOAL_HOST']}:{os.environ['SHOAL_PORT']}")
     server.start()
     for service in ("", "live"):
