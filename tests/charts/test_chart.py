@@ -10,7 +10,7 @@ import yaml
 from shoal.api import names
 from shoal.operator.kube.settings import GATES, read_settings
 from shoal.operator.platform import PodDefaults
-from shoal.router.__main__ import build_parser as router_parser
+from shoal.router.process import build_parser as router_parser
 
 if TYPE_CHECKING:
     from tests.charts.conftest import Render
