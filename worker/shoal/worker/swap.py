@@ -121,7 +121,9 @@ class Swapper:
         if self._task is not None and not self._task.done():
             raise SwapError("ABORTED", "another swap of weights is under way here")
         run = _Run(self, request, served, submit)
-        self._task = asyncio.create_task(run.perform())
+        self._task = asyncio.create_task(run.perform(), name=f"swap to {request.revision}")
+        # A call that was broken off leaves nobody to hear how it ended.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
         said = Progress()
         try:
             while not self._task.done():
@@ -217,7 +219,7 @@ class _Run:
         )
         try:
             await self._activate(arrived, _model(served, request, text))
-        except BaseException:
+        except Exception:
             await self._between(lambda: weights.discard(arrived.number))
             raise
         return sha256
