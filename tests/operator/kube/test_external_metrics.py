@@ -328,6 +328,28 @@ def test_an_autoscaler_comes_and_goes_with_its_driver() -> None:
     asyncio.run(main())
 
 
+def test_a_scaled_object_is_made_where_the_cluster_knows_them() -> None:
+    """With the operator's own address in every trigger, and gone with its driver."""
+
+    async def main() -> None:
+        async with serving(FakeApi(kinds=(*BUILT_IN, SCALED_OBJECTS))) as api:
+            pods_become_ready(api)
+            spec = {"driver": "keda", "maxReplicas": 4}
+            api.put(INFERENCE_SERVICES, inference_service(autoscaling=spec))
+            platform = Platform(drivers=frozenset(ScalingDriver))
+            async with operating(api, platform=platform, scaler_address="op:9092"):
+                await until(lambda: api.names(SCALED_OBJECTS) == ["chat"])
+                made = api.get(SCALED_OBJECTS, "default", "chat")
+                addresses = {t["metadata"]["scalerAddress"] for t in made["spec"]["triggers"]}
+                assert addresses == {"op:9092"}
+                await quiet(api)
+                live = api.get(INFERENCE_SERVICES, "default", "chat")
+                api.put(INFERENCE_SERVICES, {**live, "spec": {"model": live["spec"]["model"]}})
+                await until(lambda: api.names(SCALED_OBJECTS) == [])
+
+    asyncio.run(main())
+
+
 def test_a_cluster_without_keda_is_told_so() -> None:
     """The condition says what to install, and pods are made nevertheless."""
 
