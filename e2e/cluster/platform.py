@@ -10,6 +10,7 @@ import yaml
 
 from e2e.cluster import images, runtime
 from e2e.cluster.command import Say, wait_for
+from e2e.cluster.forward import Forward
 from e2e.cluster.kube import Kube, Object, is_ready
 from e2e.cluster.layout import CHECKOUT, ClusterError, Layout
 
@@ -30,8 +31,7 @@ class Platform:
 
     kube: Kube
     values: Path
-    # How the test reaches the API server, and through it the router; None: on the node itself.
-    proxy: str | None = None
+    forward: Forward | None = None  # to the router; None: this is the node, its address is enough
 
     def install(self, *flags: str, charts: Path = CHARTS) -> None:
         """Both charts, and waits until every pod is ready. Raises ClusterError."""
@@ -49,10 +49,9 @@ class Platform:
 
     @property
     def url(self) -> str:
-        """The router's Service: its address where this is the node, else by the API server."""
-        if self.proxy is not None:
-            there = f"namespaces/{NAMESPACE}/services/{RELEASE}-router:http"
-            return f"{self.proxy}/api/v1/{there}/proxy"
+        """Of the router's Service, as this machine reaches it."""
+        if self.forward is not None:
+            return self.forward.url
         found = self.kube.get("service", f"{RELEASE}-router", NAMESPACE)["spec"]
         port = next(one["port"] for one in found["ports"] if one["name"] == "http")
         return f"http://{found['clusterIP']}:{port}"

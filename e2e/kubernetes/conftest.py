@@ -10,6 +10,7 @@ import pytest
 
 from e2e.cluster import guard, platform, requirements
 from e2e.cluster.command import Say, stopwatch
+from e2e.cluster.forward import Forward, forwarded
 from e2e.cluster.kube import Kube, external_kubeconfig
 from e2e.cluster.layout import ClusterError, Layout, default_layout
 from e2e.cluster.platform import Platform
@@ -58,6 +59,14 @@ def cluster(layout: Layout, say: Say, report: Report) -> Iterator[Testbed]:
 
 
 @pytest.fixture(scope="session")
+def forward(cluster: Testbed) -> Iterator[Forward]:
+    """The way to the routers of a cluster that is not this machine's."""
+    router = (platform.NAMESPACE, f"{platform.RELEASE}-router", "http")
+    with forwarded(cluster.kube, *router) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
 def shoal(
     cluster: Testbed,
     say: Say,
@@ -68,15 +77,14 @@ def shoal(
     """Shoal, installed."""
     values = tmp_path_factory.mktemp("helm") / "values.yaml"
     began = time.monotonic()
-    proxy = None
+    forward: Forward | None = None
     if cluster.layout is None:
         values = platform.external_values()
-        api: httpx.Client = request.getfixturevalue("api")
-        proxy = str(api.base_url).rstrip("/")
+        forward = request.getfixturevalue("forward")
     else:
         platform.write_values(platform.own_values(cluster.layout, say), values)
         report.row(COSTS, "images of router and operator there", since(began))
-    found = Platform(cluster.kube, values, proxy)
+    found = Platform(cluster.kube, values, forward)
     began = time.monotonic()
     try:
         found.install()
