@@ -260,8 +260,7 @@ async def until(run: Run, holds: Callable[[Sample], bool], what: str) -> None:
 
 def timeline(run: Run) -> list[tuple[str, str]]:
     """What happened when, in seconds after what caused it."""
-    surge, none, wake = (run.marks[f"{SURGE} streams"], run.marks["no stream"], None)
-    wake = run.marks["one request"]
+    surge, none, wake = (run.marks[m] for m in (f"{SURGE} streams", "no stream", "one request"))
     rows = [("queue seen in the routers", _after(run, surge, lambda s: s.queued > 0))]
     steady = next(s for s in reversed(run.samples) if s.at <= surge)
     rows.append(
