@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailabl
 
 LAYOUTS = ((2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2))
 LENGTHS = (3, 17, 30, 8, 41)
-UNSHARDABLE = {"Olmo2ForCausalLM", "Olmo3ForCausalLM"}
 Tokens = tuple[int, ...]
 
 
@@ -73,20 +72,15 @@ def test_layouts(tensor: int, pipeline: int, llama: Path, groups: ModuleType) ->
 def test_every_family(
     families: ModuleType, models: ModuleType, groups: ModuleType, tmp_path: Path
 ) -> None:
-    """Two lanes in two stages; a model whose layers cannot be divided says why, and runs in
-    stages."""
-    for case, (architecture, _, _) in families.CASES.items():
+    """Two lanes in two stages, and four lanes, of which two share each key head."""
+    for case in families.CASES:
         path = models.save(families.tiny(case), tmp_path / case)
         config = groups.settings(max_batched_tokens=24, kv_cache_blocks=80)
         asked = [tuple(tokens) for tokens in families.prompts(5, 30, 9)]
         wanted = alone(groups, path, config, asked, 8)
-        tensor, pipeline = 2, 2
-        if architecture in UNSHARDABLE:
-            with pytest.raises(ValueError, match=f"tensor is 2, but {architecture}"):
-                share_of(open_checkpoint(path).spec, Place.of(0, 2, 1))
-            tensor = 1
-        with groups.group(path, tensor, pipeline, config) as executor:
-            assert groups.generate(executor, config, asked, 8) == wanted, case
+        for tensor, pipeline in ((2, 2), (4, 1)):
+            with groups.group(path, tensor, pipeline, config) as executor:
+                assert groups.generate(executor, config, asked, 8) == wanted, (case, tensor)
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 2)])

@@ -55,13 +55,6 @@ def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     return {stored.name: stored.shape for stored in tensors(spec)}
 
 
-def unshardable(spec: DecoderSpec) -> str | None:
-    """Why ranks cannot divide the layers of this model among them; None where they can."""
-    if spec.qk_norm is QkNorm.ALL_HEADS:
-        return f"{spec.architecture} norms the queries of all heads together"
-    return None
-
-
 def _top(spec: DecoderSpec) -> Iterator[Stored]:
     names, hidden = spec.names, spec.hidden_size
     by_vocab = Split(0, (Axis.VOCAB,))
@@ -139,8 +132,11 @@ def _attention(spec: DecoderSpec, prefix: str) -> Iterator[Stored]:
         for name in (names.query_norm, names.key_norm):
             yield Stored(f"{prefix}{name}.weight", (size,), Role.NORM)
     elif spec.qk_norm is QkNorm.ALL_HEADS:
-        for name, count in ((names.query_norm, queries), (names.key_norm, keys)):
-            yield Stored(f"{prefix}{name}.weight", (count,), Role.NORM)
+        for name, count, axis in (
+            (names.query_norm, queries, Axis.HEADS),
+            (names.key_norm, keys, Axis.KV_HEADS),
+        ):
+            yield Stored(f"{prefix}{name}.weight", (count,), Role.NORM, Split(0, (axis,)))
 
 
 def _latent(spec: DecoderSpec, latent: LatentSpec, prefix: str) -> Iterator[Stored]:

@@ -68,6 +68,7 @@ class Share:
     layers: Span
     heads: Span
     kv_heads: Span
+    kv_holders: int  # lanes that hold the same key heads
     vocab: Span
     inner_units: tuple[int, ...]  # what inner sizes may be cut at multiples of, the best first
 
@@ -90,13 +91,15 @@ def share(
 ) -> Share:
     """The part of the rank at `place`. Raises CannotSplit."""
     stages = split_layers(layer_costs, head_cost, place.stages)
-    own_heads, own_kv = split_heads(heads, kv_heads, place.lanes)[place.lane]
+    by_lane = split_heads(heads, kv_heads, place.lanes)
+    own_heads, own_kv = by_lane[place.lane]
     rows = -(-vocab // place.lanes)
     return Share(
         place,
         stages[place.stage],
         own_heads,
         own_kv,
+        sum(other == own_kv for _, other in by_lane),
         Span(place.lane * rows, (place.lane + 1) * rows),
         inner_units,
     )

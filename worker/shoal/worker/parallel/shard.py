@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from shoal.worker.model.spec import DecoderSpec
-from shoal.worker.model.weight_map import Axis, Role, Split, Stored, tensors, unshardable
+from shoal.worker.model.weight_map import Axis, Role, Split, Stored, tensors
 from shoal.worker.model.weights import WeightSource
-from shoal.worker.parallel.layout import CannotSplit, Place, Share, Span, share
+from shoal.worker.parallel.layout import Place, Share, Span, share
 
 _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -23,8 +23,6 @@ _LAYER_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def share_of(spec: DecoderSpec, place: Place, inner_units: tuple[int, ...] = (16, 1)) -> Share:
     """The part of the rank at `place`; layers cost what they have of parameters. Raises
     CannotSplit."""
-    if place.lanes > 1 and (why := unshardable(spec)) is not None:
-        raise CannotSplit(f"tensor is {place.lanes}, but {why}: set tensor to 1, use pipeline")
     prefixes = [spec.names.of_layer(index) for index in range(spec.num_layers)]
     costs = dict.fromkeys(prefixes, 0.0)
     for stored in tensors(spec):

@@ -7,6 +7,7 @@ share, and the sum of the shares is the same on all lanes.
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -17,10 +18,13 @@ from shoal.kernels.paged import CacheShape
 from shoal.worker.memory import LOGIT_ROWS
 from shoal.worker.model.backend import Backend, TorchBackend
 from shoal.worker.model.decoder import Decoder
+from shoal.worker.model.layers import DecoderLayer, ProjectedHeads
 from shoal.worker.model.loader import Packer
 from shoal.worker.model.reader import Checkpoint, Clock, WeightReader
+from shoal.worker.model.spec import QkNorm
 from shoal.worker.model.weights import WeightError
 from shoal.worker.parallel.comm import Comm
+from shoal.worker.parallel.heads import NormedTogether
 from shoal.worker.parallel.layout import Share
 from shoal.worker.parallel.messages import WirePlan
 from shoal.worker.parallel.part import Part
@@ -198,7 +202,8 @@ class TorchStage(TorchBackend):
         if place.first:
             self._positions = read.positions()
         layers = tuple(
-            pack.layer(layer, read.layer(index)) for index, layer in enumerate(spec.layers)
+            self._divided(pack.layer(layer, read.layer(index)), part)
+            for index, layer in enumerate(spec.layers)
         )
         norm = head = None
         if place.last:
@@ -214,6 +219,24 @@ class TorchStage(TorchBackend):
             head=head,
             reduce=self.exchange.sum_,
         )
+
+    def _divided(self, layer: DecoderLayer, part: Part) -> DecoderLayer:
+        """The layer, whose heads may be normed together with those of other lanes."""
+        heads = layer.heads
+        if part.share.place.lanes == 1 or part.spec.qk_norm is not QkNorm.ALL_HEADS:
+            return layer
+        assert isinstance(heads, ProjectedHeads), "latent heads are not normed"
+        assert heads.query_norm is not None and heads.key_norm is not None
+        together = NormedTogether(
+            part.spec,
+            part.whole,
+            heads.qkv,
+            heads.query_norm,
+            heads.key_norm,
+            part.share.kv_holders,
+            self.exchange.sum_,
+        )
+        return replace(layer, heads=together)
 
 
 class StageExecutor(InProcessExecutor):
