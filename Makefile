@@ -40,12 +40,16 @@ test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
 
 e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
-	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes $(E2E_FLAGS)
+	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes --ignore e2e/test_rollout_kills.py \
+	  $(E2E_FLAGS)
 	@$(BIN)/python -m pytest e2e/kubernetes --ignore e2e/kubernetes/test_thousand.py \
 	  --ignore e2e/kubernetes/test_autoscaler.py $(E2E_FLAGS)
 
 e2e-thousand: $(VENV)/dev.stamp ## a thousand services on a real Kubernetes: minutes, figures and goals
 	@$(BIN)/python -m pytest e2e/kubernetes/test_thousand.py
+
+e2e-kills: $(VENV)/dev.stamp ## SIGKILL of the supervisor at fifty moments of a canary, twice
+	@$(BIN)/python -m pytest e2e/test_rollout_kills.py
 
 e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler beside ours, the same load: two minutes of it
 	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py
