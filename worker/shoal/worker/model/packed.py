@@ -170,7 +170,7 @@ def _pieces(model: PackedModel) -> Iterator[bytes | memoryview]:
     text = text.ljust(start - len(_MAGIC) - 8)
     yield _MAGIC + len(text).to_bytes(8, "little") + text
     for _, tensor in tensors:
-        data = memoryview(tensor.contiguous().view(torch.uint8).reshape(-1).numpy())
+        data = tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data
         yield data
         yield b"\0" * (_padded(len(data)) - len(data))
 
