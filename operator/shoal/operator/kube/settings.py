@@ -123,7 +123,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("tls-key-file", "", "its key, PEM", metavar="FILE")
     flag("keda-port", "0", "port of KEDA's external scaler for driver keda; 0: none", type=_port)
     flag("scaler-address", "", "host:port of --keda-port as KEDA reaches it")
-    flag("workers", "8", "services that are looked at at the same time", type=_count)
+    flag("workers", "16", "services that are looked at at the same time", type=_count)
     flag("feature-gates", "", f"Name=true by commas; there are {', '.join(GATES)}")
     flag("log-format", "text", "text or json", choices=LOG_FORMATS)
     flag("log-level", "info", "debug, info, warning or error", choices=LOG_LEVELS)
