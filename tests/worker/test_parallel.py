@@ -213,6 +213,23 @@ def prompt_logprobs(engine: Engine, prompt: Tokens) -> list[float]:
     return values
 
 
+def test_what_cannot_be_served_is_refused_with_its_own_words(
+    llama: Path, groups: ModuleType
+) -> None:
+    """A rank says why, the driver raises it, and the other ranks end in peace."""
+    for tensor, pipeline, changes, words in (
+        (7, 1, {}, "tensor is 7, but the model has 6 attention heads"),
+        (1, 4, {}, "pipeline is 4, but the model has 3 layers"),
+        (2, 1, {"max_model_len": 4096}, "max_model_len is 4096, the model's limit is 512"),
+        (2, 1, {"quantization": "int8"}, "quantization is int8, but LlamaForCausalLM has layers"),
+    ):
+        with (
+            pytest.raises(ValueError, match=words),
+            groups.group(llama, tensor, pipeline, groups.settings(**changes)),
+        ):
+            pass
+
+
 def test_int8_groups(models: ModuleType, groups: ModuleType, tmp_path: Path) -> None:
     """Quantized matrices are cut between groups, so that every rank has the codes of the whole;
     what cannot be cut so is refused by name."""

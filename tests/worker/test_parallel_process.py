@@ -13,6 +13,7 @@ from types import ModuleType
 import psutil
 import pytest
 
+from bench.parallel import random_checkpoint
 from shoal.worker.executor import DeviceLost
 from shoal.worker.parallel.driver import GroupExecutor
 from shoal.worker.parallel.invitation import Order
@@ -39,13 +40,12 @@ def test_processes_answer_as_one_rank_does(
     nodes: tuple[str, ...],
     tensor: int,
     pipeline: int,
-    models: ModuleType,
     groups: ModuleType,
     tmp_path: Path,
 ) -> None:
     """Ranks of one node share memory; ranks that count as two nodes talk over gloo. Nothing of
     either is left in memory or among the processes."""
-    path = models.save(models.tiny("llama"), tmp_path)
+    path = random_checkpoint(tmp_path)
     config = groups.settings()
     reference = create_executor(path, config, lambda phase, seconds: None)
     wanted = groups.generate(reference, config, [PROMPT], 8)
@@ -62,10 +62,10 @@ def test_processes_answer_as_one_rank_does(
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_stops_is_named_and_ends_the_group(
-    signal_number: int, models: ModuleType, groups: ModuleType, tmp_path: Path
+    signal_number: int, groups: ModuleType, tmp_path: Path
 ) -> None:
     """While a step waits for it: the step fails as the device's loss, the other rank ends."""
-    path = models.save(models.tiny("llama"), tmp_path)
+    path = random_checkpoint(tmp_path)
     launcher = LocalLauncher(2)
     order = Order(str(path), str(path), None, None, groups.settings())
     executor = GroupExecutor(order, 2, 1, launcher, lambda phase, seconds: None)
@@ -81,9 +81,9 @@ def test_a_rank_that_dies_or_stops_is_named_and_ends_the_group(
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_no_rank_outlives_a_killed_driver(models: ModuleType, tmp_path: Path) -> None:
+def test_no_rank_outlives_a_killed_driver(tmp_path: Path) -> None:
     """SIGKILL of the engine's process, while its ranks serve."""
-    path = models.save(models.tiny("llama"), tmp_path)
+    path = random_checkpoint(tmp_path)
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"

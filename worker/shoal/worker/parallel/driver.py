@@ -140,10 +140,11 @@ class GroupExecutor:
 
     def close(self) -> None:
         self._over.set()
-        self._watch.close()
         for channel in self._channels.values():
             with suppress(OSError):
                 channel.send(Verb.END)
+        self._watch.close()
+        for channel in self._channels.values():
             channel.close()
         self._listener.close()
         self._launcher.stop()

@@ -9,7 +9,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Final
@@ -29,6 +28,7 @@ from shoal.worker.parallel.protocol import Verb
 from shoal.worker.parallel.pulse import Hello, Pulse
 from shoal.worker.parallel.stage import Exchange, StageExecutor, TorchStage
 from shoal.worker.parallel.vitals import SERVING
+from shoal.worker.sources import SourceError
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ class _Rank:
                 joined["segments"],
             )
             executor, comm = self._prepare(peers)
-        except (ValueError, OSError, MemoryError) as error:
-            if isinstance(error, ChannelClosed):
-                raise
-            log.debug("refused", exc_info=error)
-            with suppress(OSError):
-                self._say({"refused": f"rank {self._rank}: {error}"})
+        except ChannelClosed:
             raise
+        except (ValueError, OSError, MemoryError, SourceError) as error:
+            log.debug("refused", exc_info=error)
+            self._say({"refused": f"rank {self._rank}: {str(error) or type(error).__name__}"})
+            self._hear()  # until the driver, who tells the user, hangs up
+            return
         try:
             self._hear()
             comm.unlink()  # everybody has opened theirs
@@ -126,7 +126,9 @@ class _Rank:
         )
         agreed = self._hear()
         if peers.apart and store is None:
-            store = TCPStore(peers.nodes[0], agreed["port"], len(peers.nodes), False)
+            store = TCPStore(
+                peers.nodes[0], agreed["port"], len(peers.nodes), False, wait_for_workers=False
+            )
         comm = connect(peers, rank, store, 4 * part.share.vocab.size)
         try:
             started = self._clock()
