@@ -13,13 +13,14 @@ from e2e.cluster import binaries, kwok
 from e2e.cluster.archive import write_image
 from e2e.cluster.command import run, wait_for
 from e2e.cluster.document import commands
-from e2e.cluster.layout import ClusterError, Layout
+from e2e.cluster.layout import CHECKOUT, ClusterError, Layout
 from e2e.cluster.load import Answer, Window
 from e2e.cluster.node import Claim
 from e2e.cluster.platform import metrics_of
 from e2e.cluster.processes import Processes, identify
 from e2e.cluster.report import Report
 from e2e.cluster.runtime import base_spec
+from e2e.kubernetes.test_documentation import PAGE, STEPS
 
 
 @pytest.fixture
@@ -163,3 +164,12 @@ and read:
         "helm upgrade shoal \\\n  --wait -f - <<'YAML'\na: 1\nYAML",
         "kubectl get pods &",
     ]
+
+
+def test_the_cluster_tests_know_every_command_of_the_page() -> None:
+    """Each is run on a cluster; what the README tells to type is on the page too."""
+    page = commands(PAGE.read_text())
+    known = [step.begins for step in STEPS]
+    assert [one[: len(begins)] for one, begins in zip(page, known, strict=True)] == known
+    readme = commands((CHECKOUT / "README.md").read_text())
+    assert {one for one in readme if one.startswith(("helm", "kubectl"))} <= set(page)
