@@ -174,7 +174,7 @@ def test_no_weights_beside_the_config(folder: Path) -> None:
         ({"hidden_act": "mish"}, "hidden_act mish.*gelu, gelu_fast"),
         ({"rope_parameters": {"rope_type": "xpos"}}, "xpos.*default, linear, dynamic, llama3"),
         ({"layer_types": ["linear_attention"] * 3}, r"layer_types\[0\] is linear_attention"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "hqq is not supported; known are awq"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
         ({"num_key_value_heads": 4}, "num_heads is 6"),
         ({"head_dim": 7}, "rotary_dim is 7"),

@@ -200,6 +200,8 @@ def _spec(module: Any) -> DecoderSpec:
     """Sizes, as far as the cache, the memory plan and the sampler need them."""
     config = module.config.get_text_config(decoder=True)
     name = type(module).__name__
+    if getattr(module.config, "quantization_config", None):
+        raise UnsupportedModel(f"{name} is quantized, which is read of known architectures only")
     if not module._supports_attention_backend or module._is_stateful:
         raise UnsupportedModel(f"{name} keeps more than keys and values, or attends its own way")
     kinds = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}

@@ -43,9 +43,6 @@ def spec_from_hugging_face(config: Config, generation: Config | None = None) -> 
     WeightError where a key is missing.
     """
     name = architecture_of(config)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UnsupportedModel(f"quantization_config.quant_method {method} is not supported yet")
     family = FAMILIES[name]
     config = _canonical(config, family)
     heads = int(need(config, "num_attention_heads"))

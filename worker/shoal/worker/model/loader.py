@@ -29,6 +29,7 @@ from shoal.worker.model.layers import (
     ProjectedHeads,
 )
 from shoal.worker.model.precision import Precision
+from shoal.worker.model.quantized import quantized_source
 from shoal.worker.model.reader import (
     Checkpoint,
     Clock,
@@ -43,7 +44,7 @@ from shoal.worker.model.reader import (
 )
 from shoal.worker.model.safetensors import SafetensorsSource
 from shoal.worker.model.spec import DecoderSpec, ExpertsSpec, LayerSpec, Scoring
-from shoal.worker.model.weights import WeightError
+from shoal.worker.model.weights import WeightError, WeightSource
 
 Quantize = Callable[[Tensor], Int8Weight]
 
@@ -57,14 +58,17 @@ class LoadTimes:
 
 
 def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
-    """Reads what a model is; `whole`: all weights will be read, not a rank's. Raises WeightError (UnsupportedModel for what Shoal does not have)."""
+    """Reads what a model is; `whole`: all weights will be read, not a rank's. Raises WeightError
+    (UnsupportedModel for what Shoal does not have)."""
     if path.is_file():
         gguf = GgufSource(path, whole=whole)
         spec = spec_from_gguf(gguf.header.metadata, gguf.shapes, gguf.rope_factors())
         return Checkpoint(spec, gguf)
     config = read_config(path)
     spec = spec_from_hugging_face(config, _read_json(path / "generation_config.json"))
-    source = SafetensorsSource(path)
+    source: WeightSource = (stored := SafetensorsSource(path))
+    if quantization := config.get("quantization_config"):
+        source = quantized_source(quantization, stored)
     return Checkpoint(replace(spec, names=spec.names.fitted(source.shapes)), source)
 
 

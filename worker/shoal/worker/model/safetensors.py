@@ -35,6 +35,12 @@ class SafetensorsSource:
     def read(self, name: str) -> Tensor:
         return self._checked(name, self._handles[name].get_tensor(name))
 
+    def raw(self, name: str) -> Tensor:
+        """A tensor of any type, as codes and their scales are stored."""
+        tensor: Tensor = self._handles[name].get_tensor(name)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
     def read_runs(self, name: str, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
         stored = self._handles[name].get_slice(name)
         before = (slice(None),) * dim
@@ -48,7 +54,7 @@ class SafetensorsSource:
             found = str(tensor.dtype).removeprefix("torch.")
             raise WeightError(
                 f"{self.origin}: tensor {name} holds {found}, expected one of {kinds}; "
-                "quantized checkpoints are not supported yet"
+                "config.json has no quantization_config that says how it is quantized"
             )
         return tensor
 

@@ -76,8 +76,22 @@ checkpoint is never run, and pickles are never read.
 The message names the tensor, what was expected and what was found, before any weight is read: a
 tensor that is missing, that is of another shape, or that the architecture does not know; a file
 that is cut off; a shard that the index names and that is not there; an element type that is none
-of float32, float16 and bfloat16. Quantized safetensors are refused by the name of their method;
-GGUF files may be quantized, and `quantization: int8` quantizes at load.
+of float32, float16 and bfloat16.
+
+## Quantized checkpoints
+
+| `quant_method` | what is read |
+|---|---|
+| `gptq` | 2, 4 and 8 bits, groups, act-order, both versions of the format |
+| `awq` | 4 bits, `gemm` layout |
+| `fp8` | blocks (DeepSeek-V3), outputs, or one scale |
+| `compressed-tensors` | FP8 and INT8 by tensor, output or block; 4 and 8 bits packed, by group |
+
+They are dequantized when they are loaded and then take the memory of plain weights, which is what
+the memory plan counts; activations and cache stay in the model's precision. `quantization: int8`
+rounds to 8 bits again, at load, and keeps the matrices so. GGUF files may be of any type that the
+`gguf` package reads, and are treated alike. Other methods (bitsandbytes, MXFP4) are refused by
+name.
 """
 
 
