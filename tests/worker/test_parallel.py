@@ -221,7 +221,7 @@ def test_what_cannot_be_served_is_refused_with_its_own_words(
         (7, 1, {}, "tensor is 7, but the model has 6 attention heads"),
         (1, 4, {}, "pipeline is 4, but the model has 3 layers"),
         (2, 1, {"max_model_len": 4096}, "max_model_len is 4096, the model's limit is 512"),
-        (2, 1, {"quantization": "int8"}, "quantization is int8, but LlamaForCausalLM has layers"),
+        (2, 1, {"quantization": "int8"}, "the inner size of an MLP of 80 cannot"),
     ):
         with (
             pytest.raises(ValueError, match=words),
