@@ -8,6 +8,7 @@ import pytest
 from e2e.cluster import services
 from e2e.cluster.command import wait_for
 from e2e.cluster.kube import Kube, Object
+from e2e.cluster.load import undisturbed
 from e2e.cluster.platform import Platform
 from e2e.cluster.report import Report
 from e2e.cluster.testbed import Testbed
@@ -167,3 +168,31 @@ def _assert_locked_down(kube: Kube, namespace: str, pod: Object) -> None:
         *("--container", "worker", "--", "sh", "-c", script),
     )
     assert said.split() == ["65532", "ok", "64"]
+
+
+def test_a_change_that_cannot_be_takes_nothing_down(
+    cluster: Testbed, shoal: Platform, namespace: str
+) -> None:
+    """The old revision goes on answering from the same pod while conditions say why the new one
+    fails; the former spec is the way back, and that pod stays."""
+    kube, name = cluster.kube, f"{NAME}-change"
+    kube.apply(namespace, services.service(name))
+    wait_for("a service", 240, lambda: services.settled(kube, namespace, name, 1), every=0.5)
+    (serving,) = services.workers(kube, namespace, name)
+    expected = undisturbed(shoal.url, name, 1)
+    revision = {"spec": {"model": {"revision": "9.9.9"}}}
+    kube.patch("infs", name, namespace, revision)
+    wait_for("the reason", 120, lambda: _fails(kube, namespace, name, "9.9.9"), every=0.5)
+    conditions = kube.conditions(namespace, name)
+    assert conditions["Ready"]["status"] == "True"
+    assert conditions["Progressing"]["status"] == "False"
+    assert undisturbed(shoal.url, name, 1) == expected
+    kube.patch("infs", name, namespace, {"spec": {"model": dict(services.MODEL)}})
+    wait_for("the way back", 120, lambda: services.settled(kube, namespace, name, 1), every=0.5)
+    (back,) = services.workers(kube, namespace, name)
+    assert back["metadata"]["uid"] == serving["metadata"]["uid"]
+
+
+def _fails(kube: Kube, namespace: str, name: str, words: str) -> bool:
+    degraded = kube.conditions(namespace, name)["Degraded"]
+    return bool(degraded["reason"] == "ReplicaFails" and words in degraded["message"])
