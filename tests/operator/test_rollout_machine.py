@@ -56,7 +56,9 @@ class Machine(Cluster):
     def load(self):
         load = router_pb2.ServiceLoad(service="default/chat")
         for revision, (requests, failed) in self.counted.items():
-            load.revisions.add(revision=revision, requests=requests, errors=failed)
+            found = load.revisions.add(revision=revision, requests=requests, errors=failed)
+            found.ttft.first = 50
+            found.ttft.counts.append(requests - failed)
         return load
 
     def step(self, service, actions=None, seen=None):

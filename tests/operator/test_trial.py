@@ -202,3 +202,16 @@ def test_replicas_of_a_revision_without_weight_serve_nobody():
     moves = canary_moves(replicas, {NEW: 1, OLD: 4}, OLD, BOUNDS)
     assert len(moves.drain) == 3
     assert moves.create == ()
+
+
+def test_pauses_that_are_short_promote_no_slow_revision():
+    """A step waits until times were compared, after the warm-up: time alone proves nothing."""
+    steps = [{"weight": 40}, {"weight": 100}]
+    operator = Operator(service(steps))
+    for _ in range(60):
+        found = operator.look(slower=5.0)
+        assert not found.course.completed
+        if operator.shown.aborted_time is not None:
+            break
+    assert operator.shown.aborted_time is not None
+    assert max(operator.seen) == 40

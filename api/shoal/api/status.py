@@ -53,6 +53,9 @@ class CanaryEvidence(ApiModel):
 
     requests: int = Field(ge=0, description="Requests of the new revision so far.")
     failures: int = Field(ge=0, description="Of these, failed.")
+    judged: int = Field(
+        default=0, ge=0, description="Of these, whose times were compared, after the warm-up."
+    )
     failed_looks: int = Field(ge=0, description="Looks in a row that failed.")
     errors: tuple[float, ...] = Field(
         max_length=64, description="Evidence of more errors, as logarithms of likelihood ratios."

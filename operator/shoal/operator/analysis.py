@@ -10,8 +10,9 @@ A look fails where one of three figures is both of consequence and proven:
 
 `maxFailures` failed looks in a row end the canary. The first `minRequests` requests of the new
 revision are its warm-up: they count as requests and as errors, but their times do not, since
-caches begin empty. Times between tokens share a request's fate, so a look's tokens count for as
-much as its requests. At weight 100 nothing is left to compare with: times are then not judged, and
+caches begin empty. It is healthy once as many again were compared and it was not proven to be worse.
+Times between tokens share a request's fate, so a look's tokens count for as much as its requests. At
+weight 100 nothing is left to compare with: times are then not judged, and
 errors are tested against maxErrorRate itself.
 """  # noqa: E501
 
@@ -73,6 +74,7 @@ class Analysis:
 
     requests: int = 0  # of the new revision, and of these failed
     failures: int = 0
+    judged: int = 0  # of the new revision's times, since the warm-up
     failed_looks: int = 0  # in a row
     errors: Evidence = field(default_factory=lambda: Evidence.none(1, len(FAILING)))
     errors_alone: tuple[float, ...] = (0.0,) * len(FAILING)
@@ -141,6 +143,7 @@ def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts)
         weight = min(1.0, requests / tokens) if tokens and requests else 1.0
         after = replace(
             after,
+            judged=before.judged + _judged(before, stable, canary),
             ttft=_times(before.ttft, before.ttft_seen, stable.ttft, canary.ttft, 1.0),
             itl=_times(before.itl, before.itl_seen, stable.itl, canary.itl, weight),
             ttft_seen=before.ttft_seen.and_also(stable.ttft, canary.ttft),
@@ -151,12 +154,21 @@ def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts)
         message = f"{after.requests} of {spec.min_requests} requests (minRequests); {figures}"
         return Look(Verdict.WAITING, message, after)
     faults = _faults(spec, after, compared=stable.requests > 0)
+    if not faults and after.judged < spec.min_requests:
+        message = f"{after.judged} of {spec.min_requests} requests judged; {figures}"
+        return Look(Verdict.WAITING, message, replace(after, failed_looks=0))
     if not faults:
         return Look(Verdict.HEALTHY, figures, replace(after, failed_looks=0))
     after = replace(after, failed_looks=after.failed_looks + 1)
     failed = after.failed_looks >= spec.max_failures
     message = f"{'; '.join(faults)}; {figures}"
     return Look(Verdict.FAILED if failed else Verdict.FAILING, message, after)
+
+
+def _judged(before: Analysis, stable: Counts, canary: Counts) -> int:
+    """How many of the look's times count: those that could be compared, or where nothing can be."""
+    compared = before.ttft_seen.stable.total >= ENOUGH or not stable.ttft.total
+    return canary.ttft.total if compared else 0
 
 
 def _faults(spec: CanaryAnalysis, found: Analysis, *, compared: bool) -> list[str]:

@@ -186,6 +186,7 @@ def _evidence_of(analysis: Analysis) -> CanaryEvidence:
     return CanaryEvidence(
         requests=analysis.requests,
         failures=analysis.failures,
+        judged=analysis.judged,
         failed_looks=analysis.failed_looks,
         errors=_rounded(analysis.errors.logs),
         errors_alone=_rounded(analysis.errors_alone),
@@ -202,6 +203,7 @@ def _analysis_of(evidence: CanaryEvidence | None) -> Analysis:
         _FRESH,
         requests=evidence.requests,
         failures=evidence.failures,
+        judged=evidence.judged,
         failed_looks=evidence.failed_looks,
         errors=_restored(_FRESH.errors, evidence.errors),
         errors_alone=_restored(Evidence(_FRESH.errors_alone, ()), evidence.errors_alone).logs,

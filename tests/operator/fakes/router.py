@@ -53,7 +53,12 @@ class Router(router_pb2_grpc.RouterServicer):
         path = self.routes / f"{service}.counts"
         counts = json.loads(path.read_text()) if path.exists() else {}
         return [
-            router_pb2.RevisionLoad(revision=name, requests=requests, errors=failed)
+            router_pb2.RevisionLoad(
+                revision=name,
+                requests=requests,
+                errors=failed,
+                ttft=router_pb2.Durations(first=50, counts=[requests - failed]),
+            )
             for name, (requests, failed) in counts.items()
         ]
 
