@@ -18,7 +18,7 @@ from e2e.ranks.hosts import Host, Hosts, stop
 from shoal.api import names
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 
-SERVE_SECONDS: Final = 300.0
+SERVE_SECONDS: Final = 400.0
 _PLACED: Final = re.compile(r"rank placed.*")
 _FIELD: Final = re.compile(r"(\w+)=(\S+)")
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Final
 
 import psutil
@@ -87,8 +88,13 @@ class Host:
     def plug(self) -> None:
         _ip("link", "set", self._cable, "up")
 
-    def make(self) -> None:
+    def make(self, names: str) -> None:
+        """`names` is the hosts file of all."""
         self.remove()
+        # What `ip netns exec` shows as /etc: whoever asks for a name has an answer at once.
+        self._etc.mkdir(parents=True)
+        (self._etc / "hosts").write_text(names)
+        (self._etc / "resolv.conf").write_text("")
         _ip("netns", "add", self.namespace)
         _ip("link", "add", self._cable, "type", "veth", "peer", "eth0", "netns", self.namespace)
         _ip("link", "set", self._cable, "master", _BRIDGE)
@@ -101,7 +107,12 @@ class Host:
         ):
             subprocess.run([*self._within(), "ip", *command], check=True)
 
+    @property
+    def _etc(self) -> Path:
+        return Path("/etc/netns") / self.namespace
+
     def remove(self) -> None:
+        shutil.rmtree(self._etc, ignore_errors=True)
         with suppress(subprocess.CalledProcessError):
             for process in self.processes():
                 with suppress(psutil.NoSuchProcess):
@@ -132,12 +143,13 @@ class Hosts:
         _ip("link", "add", _BRIDGE, "type", "bridge")
         _ip("addr", "add", f"{_NETWORK}.{_OUTSIDE}/24", "dev", _BRIDGE)
         _ip("link", "set", _BRIDGE, "up")
-        for host in self._hosts.values():
-            host.make()
+        lines = ["127.0.0.1 localhost", *(f"{host.ip} {host.name}" for host in self)]
+        for host in self:
+            host.make("\n".join(lines) + "\n")
         return self
 
     def __exit__(self, *_: object) -> None:
-        for host in self._hosts.values():
+        for host in self:
             host.remove()
         with suppress(subprocess.CalledProcessError):
             _ip("link", "del", _BRIDGE)
