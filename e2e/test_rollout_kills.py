@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +49,8 @@ class Watcher:
 
     def _run(self) -> None:
         while not self._stop.wait(0.02):
-            table, status = self._store.routes("chat"), self._store.status("chat") or {}
+            table = self._store.routes("chat")
+            status: dict[str, Any] = self._store.status("chat") or {}
             active = status.get("activeRevision")
             if active is not None and self.actives[-1:] != [active]:
                 self.actives.append(active)
@@ -96,8 +98,8 @@ def test_killed_at_fifty_moments_of_a_canary(tmp_path: Path, good: bool) -> None
                 process = start()
 
             def ended() -> bool:
-                status, table = store.status("chat") or {}, store.routes("chat")
-                active = status.get("activeRevision")
+                status: dict[str, Any] = store.status("chat") or {}
+                table, active = store.routes("chat"), str(status.get("activeRevision"))
                 canary = status.get("canary") or {}
                 over = active == second if good else bool(canary.get("abortedTime"))
                 ready = sum(p.ready and p.revision == active for p in store.pods("chat"))

@@ -69,20 +69,20 @@ class Service:
     def settled(self, seconds: float = 120) -> str:
         """Waits until the spec's revision serves alone; its name."""
 
-        def there() -> str | None:
+        def there() -> str:
             status = self.status
-            active: str | None = status.get("activeRevision")
+            active = str(status.get("activeRevision") or "")
             fresh = status.get("specRevision") == active and not status.get("canary")
-            return active if fresh and status.get("routableReplicas") else None
+            return active if fresh and status.get("routableReplicas") else ""
 
         return wait_until(there, seconds, f"one revision serves:\n{self.platform.log()}")
 
     def given_up(self, seconds: float = 120) -> dict[str, Any]:
         """Waits until the canary is given up; what is said of it."""
 
-        def there() -> dict[str, Any] | None:
+        def there() -> dict[str, Any]:
             canary: dict[str, Any] = self.status.get("canary") or {}
-            return canary if canary.get("abortedTime") else None
+            return canary if canary.get("abortedTime") else {}
 
         return wait_until(there, seconds, f"the canary is given up:\n{self.platform.log()}")
 

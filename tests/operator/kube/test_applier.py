@@ -7,8 +7,15 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
-from shoal.api.names import ANNOTATION_DRAIN_STARTED, LABEL_MANAGED_BY, LABEL_SERVICE, MANAGER
-from shoal.operator.actions import DrainPod, ResumePod, SwapWeights
+from shoal.api.names import (
+    ANNOTATION_DRAIN_STARTED,
+    ANNOTATION_SERVES,
+    LABEL_MANAGED_BY,
+    LABEL_SERVICE,
+    MANAGER,
+)
+from shoal.api.types import InFlight
+from shoal.operator.actions import DrainPod, MarkServed, ResumePod, SwapWeights
 from shoal.operator.kube.access import Access, Token
 from shoal.operator.kube.applier import Applier
 from shoal.operator.kube.book import ServiceBook
@@ -16,7 +23,8 @@ from shoal.operator.kube.client import Api
 from shoal.operator.kube.feed import Feed
 from shoal.operator.kube.kinds import PODS
 from shoal.operator.kube.world import World
-from tests.operator.conftest import make_service
+from shoal.operator.revision import Revision
+from tests.operator.conftest import CREATED, make_service
 from tests.operator.kube.fake_api import FakeApi, serving
 
 DRAIN, RESUME = DrainPod("chat-0"), ResumePod("chat-0")
@@ -66,6 +74,22 @@ def test_a_drain_counts_from_its_first_mark() -> None:
         first, writes = bench.mark(), len(bench.fake.writes)
         await bench.applier.perform(CHAT, DRAIN)
         assert (bench.mark(), len(bench.fake.writes)) == (first, writes)
+
+    run(check)
+
+
+def test_a_swap_is_begun_and_what_it_came_to_is_written_on_the_pod() -> None:
+    """Whoever calls engines hears of it once; the mark names the revision and the process."""
+
+    async def check(bench: Bench) -> None:
+        revision = Revision("0123456789", CREATED, CHAT.spec)
+        swap = SwapWeights("chat-0", "10.0.0.1:9000", 1, revision, InFlight.FINISH)
+        await bench.applier.perform(CHAT, swap)
+        assert bench.swaps == [("default/chat", swap)]
+        await bench.applier.perform(CHAT, MarkServed("chat-0", revision.name, 1))
+        live = bench.fake.get(PODS, "default", "chat-0")
+        assert live["metadata"]["annotations"] == {ANNOTATION_SERVES: "0123456789:1"}
+        await bench.applier.perform(CHAT, MarkServed("chat-1", revision.name, 1))
 
     run(check)
 
