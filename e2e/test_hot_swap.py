@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ async def _change(
 ) -> float:
     """Applies a model under load; the seconds until the status says that it serves."""
     running = asyncio.create_task(load.run())
-    await asyncio.sleep(3.0)
+    await _answered(load, STREAMS)
     began = time.monotonic()
     await asyncio.to_thread(service.apply, uri, in_flight)
 
@@ -146,10 +147,16 @@ async def _change(
 
     await asyncio.to_thread(wait_until, serves, 180, f"{uri} serves")
     took = time.monotonic() - began
-    await asyncio.sleep(3.0)
+    # What was asked before is over then, and at least as much asked after it.
+    await _answered(load, len(load.answers) + 2 * STREAMS)
     load.stopping = True
     await running
     return took
+
+
+async def _answered(load: Load, count: int) -> None:
+    enough = partial(wait_until, lambda: len(load.answers) >= count, 180, f"{count} answers")
+    await asyncio.to_thread(enough)
 
 
 def _summary(what: str, seconds: float, pause: float, load: Load) -> str:
