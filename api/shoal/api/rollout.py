@@ -175,7 +175,7 @@ class RolloutSpec(ApiModel):
     in_flight: InFlight = Field(
         default=InFlight.FINISH,
         description="InPlace only. finish: requests end on the weights they began with. "
-        "recompute: they go on with the new ones.",
+        "recompute: those of which no token was sent yet begin anew on the new ones.",
     )
     canary: CanarySpec | None = Field(
         default=None, description="Take over step by step. Default: at once."
