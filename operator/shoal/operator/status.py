@@ -294,7 +294,7 @@ def _progressing(situation: Situation) -> _Verdict:
         return _Verdict(kind, FALSE, "PodRejected", rejected)
     if failing := [pod for pod in situation.failing if pod.revision == target]:
         return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
-    if trial is not None:
+    if trial is not None and trial.status is not None:
         return _Verdict(kind, TRUE, "Canary", trial.message)
     mine = [pod for pod in situation.staying if pod.revision == target]
     routable = sum(map(situation.observed.routable, mine))

@@ -124,7 +124,7 @@ def _on_trial(
         moves.drain,
         moves.resume,
         weights=course.weights,
-        kept=frozenset(idle) if aborted or course.completed else frozenset(),
+        kept=frozenset(idle) if aborted else frozenset(),
         promoted=promoted,
         pins=pins,
     )
