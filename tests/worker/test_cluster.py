@@ -4,13 +4,14 @@ import http.client
 import socket
 import sys
 import threading
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.worker.cluster.__main__ import main
-from shoal.worker.cluster.follower import Health, outlive, wait_for_leader
+from shoal.worker.cluster.follower import Health, Leader, outlive, wait_for_leader
 from shoal.worker.cluster.group import BadGroup, read_group
 from shoal.worker.cluster.node import NodeError
 from shoal.worker.cluster.placement import Demand, Node, missing, place
@@ -98,6 +99,18 @@ def test_a_follower_waits_for_its_leader() -> None:
         wait_for_leader("127.0.0.1", port, stop, lambda: float(next(ticks)))
     stop.set()
     assert wait_for_leader("127.0.0.1", port, stop) is None
+
+
+def test_a_follower_knows_when_its_leader_is_gone() -> None:
+    """Refused connections tell, and those that nobody answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+        leader = Leader("127.0.0.1", server.getsockname()[1], 0.05)
+        time.sleep(0.5)
+        assert leader.lost() is None
+    deadline = time.monotonic() + 10
+    while leader.lost() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert leader.lost() == "the leader is gone"
 
 
 def test_a_follower_outlives_its_leaders_drain() -> None:

@@ -3,8 +3,8 @@
     wait for the leader -> ray start -> ranks come and go as actors -> end with Ray
 
 The pod answers probes all the while: `/live` as long as this process moves, `/ready` once its
-node has joined the leader's cluster. A follower whose leader is gone for longer than Ray's
-patience ends, is started again in its place, and joins whoever leads then.
+node has joined the leader's cluster. A follower whose leader is gone ends, with all ranks that are
+still there, is started again in its place, and joins whoever leads then.
 """
 
 import socket
@@ -28,6 +28,9 @@ from shoal.worker.cluster.node import (
 )
 
 LEADER_SECONDS: Final = 1800.0  # a leader may still wait for its node, or its image
+ASK_SECONDS: Final = 1.0
+_REFUSALS: Final = 2  # in a row: its process is gone
+_SILENCES: Final = 4  # in a row: its host, or the way there
 _TRY_SECONDS: Final = 1.0
 _LOOK_SECONDS: Final = 0.5
 _GONE_TRIES: Final = 3
@@ -62,6 +65,33 @@ class Health:
         self._server.server_close()
 
 
+class Leader:
+    """Whether the head still takes connections; asked every second, in a thread of its own."""
+
+    def __init__(self, address: str, port: int, seconds: float = ASK_SECONDS) -> None:
+        self._where = (address, port)
+        self._seconds = seconds
+        self._why: str | None = None
+        threading.Thread(target=self._ask, name="leader", daemon=True).start()
+
+    def lost(self) -> str | None:
+        """Why the leader counts as gone, or None."""
+        return self._why
+
+    def _ask(self) -> None:
+        refused = silent = 0
+        while refused < _REFUSALS and silent < _SILENCES:
+            try:
+                socket.create_connection(self._where, self._seconds).close()
+                refused = silent = 0
+            except ConnectionRefusedError:
+                refused += 1
+            except OSError:
+                silent += 1
+            time.sleep(self._seconds)
+        self._why = "the leader is gone" if refused else "the leader does not answer"
+
+
 def follow(group: Group, health_host: str, health_port: int) -> int:
     """Until SIGTERM, 0, or until Ray ends, 1."""
     stop = stopping()
@@ -76,7 +106,7 @@ def follow(group: Group, health_host: str, health_port: int) -> int:
             node.start()
             health.ready = True
             print(f"joined {address} with room for {group.own_ranks} ranks", flush=True)
-            return watch(node, stop)
+            return watch(node, stop, Leader(address, HEAD_PORT).lost)
     except NodeError as error:
         print(f"shoal worker: {error}", file=sys.stderr, flush=True)
         last_words.say(str(error))

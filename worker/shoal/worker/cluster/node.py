@@ -177,15 +177,16 @@ def stopping() -> threading.Event:
     return stop
 
 
-def watch(node: RayNode, stop: threading.Event, look: Callable[[], None] = lambda: None) -> int:
-    """Returns when it is told to, 0, or when Ray's processes end, 1. `look` is called now and
-    then."""
+def watch(
+    node: RayNode, stop: threading.Event, other: Callable[[], str | None] = lambda: None
+) -> int:
+    """Returns when it is told to, 0, or when Ray's processes end or there is some `other` reason
+    to, 1."""
     while not stop.wait(_LOOK_SECONDS):
         reap()
-        if (why := node.ended()) is not None:
+        if (why := node.ended() or other()) is not None:
             print(f"shoal worker: {why}", file=sys.stderr, flush=True)
             return 1
-        look()
     return 0
 
 
