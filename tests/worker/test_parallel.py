@@ -83,6 +83,20 @@ def test_every_family(
                 assert groups.generate(executor, config, asked, 8) == wanted, (case, tensor)
 
 
+@pytest.mark.slow
+def test_the_real_model(models: ModuleType, groups: ModuleType) -> None:
+    """SmolLM2 with its nine heads on three key heads, in every layout; prompts in chunks."""
+    path = models.smollm2_path()
+    config = groups.settings(
+        block_size=16, max_model_len=512, max_batched_tokens=64, kv_cache_blocks=100
+    )
+    asked = prompts(49152, 5, 90, 40)
+    wanted = alone(groups, path, config, asked, 8)
+    for tensor, pipeline in LAYOUTS:
+        with groups.group(path, tensor, pipeline, config) as executor:
+            assert groups.generate(executor, config, asked, 8) == wanted, (tensor, pipeline)
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 2)])
 @pytest.mark.parametrize("family", ["tied", "biased", "one-kv-head", "mistral-window"])
 def test_variants_of_llama(

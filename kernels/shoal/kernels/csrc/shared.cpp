@@ -20,6 +20,8 @@ namespace {
 constexpr int kStride = 16;  // words between two counters: one cache line each
 constexpr long kNap = 2'000'000;  // nanoseconds of one sleep; a wake-up usually ends it sooner
 
+constexpr int64_t kAtOnce = 512;  // elements that are summed in the nearest cache
+
 using Word = std::atomic<uint32_t>;
 static_assert(sizeof(Word) == sizeof(uint32_t) && Word::is_always_lock_free);
 
@@ -70,8 +72,11 @@ float widened(uint16_t value) {
 uint16_t narrowed(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 64);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  // Round to the nearest, ties to even; what is not a number stays so. Without a branch, so that
+  // the compiler can take several at once.
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  const uint32_t kept = (bits >> 16) | 64;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? kept : rounded);
 }
 
 }  // namespace
@@ -111,11 +116,14 @@ void shoal_sum_float32(float* target, const char* slots, int64_t stride, int mem
 }
 
 void shoal_sum_bfloat16(uint16_t* target, const char* slots, int64_t stride, int members, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    float sum = 0;
-    for (int member = 0; member < members; ++member)
-      sum += widened(reinterpret_cast<const uint16_t*>(slots + member * stride)[i]);
-    target[i] = narrowed(sum);
+  float sums[kAtOnce];
+  for (int64_t first = 0; first < count; first += kAtOnce) {
+    const int64_t size = count - first < kAtOnce ? count - first : kAtOnce;
+    for (int member = 0; member < members; ++member) {
+      const auto* part = reinterpret_cast<const uint16_t*>(slots + member * stride) + first;
+      for (int64_t i = 0; i < size; ++i) sums[i] = (member ? sums[i] : 0) + widened(part[i]);
+    }
+    for (int64_t i = 0; i < size; ++i) target[first + i] = narrowed(sums[i]);
   }
 }
 }
