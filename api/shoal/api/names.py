@@ -28,7 +28,7 @@ APP: Final = "shoal"  # value of LABEL_NAME
 
 # Unix seconds from which `drainSeconds` count; on pods that are on their way out.
 ANNOTATION_DRAIN_STARTED: Final = f"{GROUP}/drain-started"
-# `<revision>:<restarts>` on a pod: what it serves since its weights were swapped, for as long as its
+# `<revision>:<restarts>` on a pod: what it serves since its weights were swapped, as long as its
 # containers have not started anew.
 ANNOTATION_SERVES: Final = f"{GROUP}/serves"
 # `<revision>:<step>` on a service: the last step of a canary that a person lets pass.
