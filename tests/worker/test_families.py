@@ -234,6 +234,19 @@ def test_greedy_tokens_equal_transformers(case: str, models: ModuleType, tmp_pat
     assert predicted[29:-1].tolist() == tokens
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_is_near(case: str, models: ModuleType, tmp_path: Path) -> None:
+    """Half of all logits move by less than a twentieth of their spread against float32; more where
+    rounding may turn a choice of experts."""
+    path = models.save(tiny(case), tmp_path)
+    tokens = prompts(4, 40)
+    decoder = models.load(path)
+    exact = models.decoder_logits(decoder, tokens, (30, 1))[0]
+    rounded = models.decoder_logits(models.load(path, "bfloat16"), tokens, (30, 1))[0]
+    share = 0.05 if decoder.spec.experts is None else 0.15
+    assert (rounded - exact).abs().median() < share * exact.std()
+
+
 @pytest.mark.parametrize("case", ["gpt2", "neox", "qwen3"])
 def test_a_bare_decoders_names_are_understood(
     case: str, models: ModuleType, tmp_path: Path
@@ -253,6 +266,19 @@ def test_a_bare_decoders_names_are_understood(
     wanted = models.oracle_logits(tiny(case), tokens[0])
     ours = models.decoder_logits(decoder, tokens, (20,))[0]
     torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=3e-4)
+
+
+def test_layers_that_predict_further_tokens_are_left_out(
+    models: ModuleType, tmp_path: Path
+) -> None:
+    """DeepSeek-V3 stores one behind its last layer."""
+    path = models.save(tiny("deepseek3"), tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    behind = {
+        name.replace("layers.3.", "layers.4."): value.clone() for name, value in tensors.items()
+    }
+    save_file({**tensors, **behind, "model.layers.4.eh_proj.weight": torch.ones(3)}, path)
+    assert models.load(tmp_path).spec.num_layers == 4
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -211,6 +211,21 @@ def test_what_is_not_known_is_named(
         open_checkpoint(tmp_path)
 
 
+def test_zero_biases_that_the_model_has_not_are_left_out(
+    models: ModuleType, tmp_path: Path
+) -> None:
+    """Some writers give every quantized layer a bias; one that is not zero is refused."""
+    exact = quantized(models.tiny("llama"), tmp_path, "gptq-4", models)
+    path = tmp_path / "model.safetensors"
+    key = "model.layers.1.mlp.up_proj.bias"
+    save_file({**load_file(path), key: torch.zeros(80)}, path)
+    ours = models.decoder_logits(models.load(tmp_path), [[5, 6, 7]], (3,))[0]
+    torch.testing.assert_close(ours, models.oracle_logits(exact, [5, 6, 7]), rtol=1e-4, atol=3e-4)
+    save_file({**load_file(path), key: torch.ones(80)}, path)
+    with pytest.raises(WeightError, match=f"tensor {key} .* is not known to LlamaForCausalLM"):
+        models.load(tmp_path)
+
+
 def test_broken_parts_are_named(models: ModuleType, tmp_path: Path) -> None:
     """Scales of too few groups, and codes of another matrix."""
     quantized(models.tiny("llama"), tmp_path, "gptq-4", models)

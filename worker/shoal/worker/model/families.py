@@ -319,6 +319,7 @@ def _deepseek2(config: Config) -> Fields:
 def _deepseek3(config: Config) -> Fields:
     return {
         **_deepseek(config),
+        "spare_layers": int(config.get("num_nextn_predict_layers") or 0),
         "experts": _experts(
             config,
             "moe_intermediate_size",

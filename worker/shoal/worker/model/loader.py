@@ -44,6 +44,7 @@ from shoal.worker.model.reader import (
 )
 from shoal.worker.model.safetensors import SafetensorsSource
 from shoal.worker.model.spec import DecoderSpec, ExpertsSpec, LayerSpec, Scoring
+from shoal.worker.model.weight_map import expected_shapes
 from shoal.worker.model.weights import WeightError, WeightSource
 
 Quantize = Callable[[Tensor], Int8Weight]
@@ -66,10 +67,12 @@ def open_checkpoint(path: Path, *, whole: bool = True) -> Checkpoint:
         return Checkpoint(spec, gguf)
     config = read_config(path)
     spec = spec_from_hugging_face(config, _read_json(path / "generation_config.json"))
-    source: WeightSource = (stored := SafetensorsSource(path))
+    stored = SafetensorsSource(path)
+    spec = replace(spec, names=spec.names.fitted(stored.shapes))
+    source: WeightSource = stored
     if quantization := config.get("quantization_config"):
-        source = quantized_source(quantization, stored)
-    return Checkpoint(replace(spec, names=spec.names.fitted(source.shapes)), source)
+        source = quantized_source(quantization, stored, expected_shapes(spec))
+    return Checkpoint(spec, source)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

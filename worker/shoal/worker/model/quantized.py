@@ -5,7 +5,7 @@ scales appears under its own name and shape. What a format keeps for activations
 not looked at: both stay in the model's precision.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,11 @@ class Scheme:
 class QuantizedSource:
     """Implements `shoal.worker.model.weights.WeightSource`."""
 
-    def __init__(self, source: SafetensorsSource, scheme: Scheme) -> None:
-        """Raises WeightError where codes are there and what they need is not."""
+    def __init__(
+        self, source: SafetensorsSource, scheme: Scheme, expected: Collection[str]
+    ) -> None:
+        """`expected`: the names that the model has. Biases beside codes that it does not have are
+        left out where they are zero, as some writers of GPTQ add them to every layer."""
         self.origin = source.origin
         self._source = source
         self._scheme = scheme
@@ -62,6 +65,10 @@ class QuantizedSource:
             for name, shape in stored.items()
             if name not in packed and not name.endswith(_UNUSED)
         }
+        for prefix in self._prefixes.values():
+            bias = f"{prefix}.bias"
+            if bias in shapes and bias not in expected and not source.raw(bias).any():
+                del shapes[bias]
         for name, prefix in self._prefixes.items():
             shapes[name] = scheme.shape(stored[f"{prefix}{scheme.main}"], prefix)
         self.shapes: Mapping[str, Shape] = shapes
@@ -93,9 +100,11 @@ class QuantizedSource:
         return torch.cat([whole.narrow(dim, first, end - first) for first, end in runs], dim)
 
 
-def quantized_source(config: Mapping[str, Any], source: SafetensorsSource) -> QuantizedSource:
-    """The source under a `quantization_config`. Raises UnsupportedModel for a method or an option
-    that is not known."""
+def quantized_source(
+    config: Mapping[str, Any], source: SafetensorsSource, expected: Collection[str]
+) -> QuantizedSource:
+    """The source under a `quantization_config`, for a model of the `expected` names. Raises
+    UnsupportedModel for a method or an option that is not known."""
     method = str(config.get("quant_method", "(none named)"))
     if method == "gptq":
         scheme = _gptq(config)
@@ -110,7 +119,7 @@ def quantized_source(config: Mapping[str, Any], source: SafetensorsSource) -> Qu
             f"quantization_config.quant_method {method} is not supported; known are "
             + ", ".join(METHODS)
         )
-    return QuantizedSource(source, scheme)
+    return QuantizedSource(source, scheme, expected)
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:

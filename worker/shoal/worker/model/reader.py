@@ -309,8 +309,11 @@ def check(spec: DecoderSpec, source: WeightSource) -> None:
             )
     # Old checkpoints store what is computed, and some the tied output a second time.
     derived = (f"{spec.names.head}.weight", *spec.names.ignored)
+    spare = tuple(
+        spec.names.of_layer(spec.num_layers + index) for index in range(spec.spare_layers)
+    )
     for name in source.shapes:
-        if name not in expected and not name.endswith(derived):
+        if name not in expected and not name.endswith(derived) and not name.startswith(spare):
             raise WeightError(
                 f"{source.origin}: tensor {name} {list(source.shapes[name])} is not known to "
                 f"{spec.architecture}, expected {len(expected)} others"

@@ -125,6 +125,7 @@ class DecoderSpec:
     learned_positions: int | None = None  # rows of a table that is added to the embeddings
     experts: ExpertsSpec | None = None
     latent: LatentSpec | None = None
+    spare_layers: int = 0  # stored behind the last, to predict further tokens; not computed
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     names: Names = LLAMA
