@@ -11,6 +11,7 @@ and before anything is loaded.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -85,6 +86,8 @@ def _member(
 def _start_head(group: Group) -> str | None:
     """The head's address, or None. It ends with this process, also after that has become the
     worker: the pipe's end stays open in it."""
+    # A container's first process ignores what it does not handle; the worker handles it anew.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     ours, theirs = os.pipe()
     os.set_inheritable(theirs, True)
     ip = node.own_address()

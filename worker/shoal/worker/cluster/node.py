@@ -34,6 +34,8 @@ _LOOK_SECONDS: Final = 0.2
 _END_SECONDS: Final = 5.0
 _ADOPT_ORPHANS: Final = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OBJECT_STORE_BYTES: Final = 100_000_000  # nothing of ours goes through it
+_RAY: Final = "ray.scripts.scripts"  # by its module: a script may lie elsewhere than its Python
+_NOT_THERE: Final = "No module named"
 _ATTEMPTS: Final = 3
 _TOO_SLOW: Final = "timed out during startup"
 _ESSENTIAL: Final = ("raylet", "gcs_server")
@@ -53,7 +55,7 @@ class NodeSpec:
     address: str | None = None
     port: int = HEAD_PORT  # of a head; 0: a free one
 
-    def command(self, ray: str, temp_dir: str) -> list[str]:
+    def command(self, temp_dir: str) -> list[str]:
         """Of `ray start`."""
         where = (
             [f"--address={self.address}"]
@@ -61,7 +63,8 @@ class NodeSpec:
             else ["--head", f"--port={self.port}", "--include-dashboard=false"]
         )
         return [
-            *(ray, "start", *where, f"--node-ip-address={self.ip}", f"--temp-dir={temp_dir}"),
+            *(sys.executable, "-m", _RAY, "start", *where),
+            *(f"--node-ip-address={self.ip}", f"--temp-dir={temp_dir}"),
             *(f"--num-cpus={self.ranks}", f"--num-gpus={self.gpus}"),
             *(f"--object-store-memory={_OBJECT_STORE_BYTES}", "--disable-usage-stats"),
             *(
@@ -108,12 +111,11 @@ class RayNode:
 
     def _try(self) -> str | None:
         """One `ray start`; why it failed, or None."""
-        ray = str(Path(sys.executable).with_name("ray"))
         # Its daemons would keep a pipe open.
         with tempfile.TemporaryFile("w+") as said:
             try:
                 done = subprocess.run(
-                    self._spec.command(ray, str(self._folder)),
+                    self._spec.command(str(self._folder)),
                     env=self._environ,
                     stdin=subprocess.DEVNULL,
                     stdout=said,
@@ -122,13 +124,12 @@ class RayNode:
                 )
             except subprocess.TimeoutExpired:
                 return f"ray start took more than {START_SECONDS:g} s"
-            except OSError as error:
-                raise NodeError(
-                    f"ray cannot be run ({error.strerror}: {ray}): it comes with "
-                    "pip install 'shoal[worker,ray]'"
-                ) from error
             said.seek(0)
             last = " / ".join(said.read().strip().splitlines()[-3:])
+            if done.returncode and _NOT_THERE in last:
+                raise NodeError(
+                    "Ray is not installed: it comes with pip install 'shoal[worker,ray]'"
+                )
             return f"ray start ended with {done.returncode}: {last}" if done.returncode else None
 
     def ended(self) -> str | None:

@@ -13,6 +13,7 @@ ENV_AUTH_MODE: Final = "RAY_AUTH_MODE"
 ENV_TOKEN_PATH: Final = "RAY_AUTH_TOKEN_PATH"
 _ALWAYS: Final = {
     ENV_AUTH_MODE: "token",
+    "USER": "shoal",  # a container's user has no name of its own
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # they are told, and logged by who is told
     "RAY_memory_monitor_refresh_ms": "0",  # the container's limit decides, not Ray
