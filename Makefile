@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-thousand e2e-autoscaler images
+.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-thousand e2e-ranks e2e-autoscaler images
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -53,6 +53,9 @@ e2e-kills: $(VENV)/dev.stamp ## SIGKILL of the supervisor at fifty moments of a 
 
 e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler beside ours, the same load: two minutes of it
 	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py
+
+e2e-ranks: $(VENV)/dev.stamp ## what becomes of each failure of a group over three hosts, three times
+	@SHOAL_E2E_TRIALS=3 $(BIN)/python -m pytest e2e/ranks/test_hosts.py
 
 images: ## container images of router, operator and worker (docker, podman or buildah; see images/)
 	@images/build.sh

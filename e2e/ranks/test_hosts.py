@@ -34,7 +34,8 @@ PROMPTS = ([504, 2365, 3575, 281], list(range(1000, 1090)), [28120, 1758, 429])
 TOKENS = 24
 LONG = 600  # tokens of the answer that a failure breaks off
 TABLE = "Failures of a group over three hosts (pipeline 3, SmolLM2 in float32)"
-TRIALS = int(os.environ.get("SHOAL_E2E_TRIALS", "1"))
+# How often each failure is tried; 0: one of them, once.
+TRIALS = int(os.environ.get("SHOAL_E2E_TRIALS", "0"))
 LINK_SECONDS = 8.0  # until a link that went down is up again
 
 pytestmark = pytest.mark.skipif(unsupported() is not None, reason=str(unsupported()))
@@ -109,8 +110,12 @@ FAILURES = (
 )
 
 
-@pytest.mark.parametrize("trial", range(TRIALS))
-@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.name.replace(" ", "_"))
+@pytest.mark.parametrize("trial", range(TRIALS or 1))
+@pytest.mark.parametrize(
+    "failure",
+    FAILURES if TRIALS else FAILURES[:1],
+    ids=lambda failure: failure.name.replace(" ", "_"),
+)
 def test_a_failure_ends_the_group_and_it_comes_back(
     group: Group,
     expected: list[tuple[int, ...]],
