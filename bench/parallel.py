@@ -254,8 +254,8 @@ def run_soak(args: argparse.Namespace) -> None:
 def soak(
     executor: GroupExecutor, config: EngineConfig, pids: list[int], requests: int, seed: int
 ) -> str:
-    """Keeps up to forty requests in flight. Raises AssertionError for what must hold and does
-    not."""
+    """Keeps up to forty requests in flight. `pids`: whose memory must stay flat; none in a run
+    that is too short to tell. Raises AssertionError for what must hold and does not."""
     rng = random.Random(seed)
     engine = Engine(executor, config, rng=rng)
     started = time.monotonic()
@@ -285,13 +285,13 @@ def soak(
     assert not flying and counts["finished"] + counts["cancelled"] == requests
     tables = {timing["tables"] for timing in executor.timings().values()}
     assert len(tables) == 1, "the ranks' block tables differ"
-    grown = memory[-1] / memory[len(memory) // 5] - 1
+    grown = memory[-1] / memory[len(memory) // 5] - 1 if pids else 0.0
     assert grown < 0.1, f"memory grew by {grown:.0%}"
     stats = engine.stats()
     return (
         f"{requests} requests in {time.monotonic() - started:.0f} s: {counts}, "
         f"{stats.preemptions} preemptions, memory {grown:+.1%} since the first fifth "
-        f"({memory[-1] >> 20} MiB in all), block tables of {executor.depth - 1} x 2 ranks agree"
+        f"({memory[-1] >> 20} MiB in all), block tables of all ranks agree"
     )
 
 

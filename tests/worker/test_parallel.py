@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from bench.parallel import random_checkpoint, soak
 from shoal.kernels.native import unavailable as no_programs
 from shoal.kernels.shared import unavailable
 from shoal.worker.config import EngineConfig
@@ -155,6 +156,14 @@ def test_preemption_and_cancels_in_mid_flight(llama: Path, groups: ModuleType) -
             assert found[name] == tokens[: len(found[name])]
         else:
             assert found[name] == tokens
+
+
+def test_a_short_soak(groups: ModuleType, tmp_path: Path) -> None:
+    """Random requests and cancels under shortage of blocks: none is lost, no block is held, and
+    the block tables of all ranks are the same in the end."""
+    config = groups.settings(max_num_seqs=16, max_batched_tokens=64, kv_cache_blocks=70)
+    with groups.group(random_checkpoint(tmp_path), 2, 2, config) as executor:
+        soak(executor, config, [], 150, seed=1)
 
 
 def test_draws_and_logprobs(llama: Path, groups: ModuleType) -> None:
