@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import yaml
 
-from bench.report import machine
+from bench.report import busy, machine
 from shoal.cli.backend import Backend
 from shoal.cli.errors import CliError
 from shoal.cli.simulation.report import quantile
@@ -305,7 +305,7 @@ def write(run: Run, place: str) -> None:
         "",
         f"{len(run.answers)} requests, {len(failed)} failed; time to the first token p50 "
         f"{quantile(times, 0.5) or 0:.2f} s, p95 {quantile(times, 0.95) or 0:.2f} s. "
-        f"Looked at every {LOOK_SECONDS:g} s: times are late by up to that.",
+        f"Looked at every {LOOK_SECONDS:g} s: times are late by up to that. {busy()}",
     ]
     if run.starts:
         lines += ["", "| start of | seconds | where they went |", "|---|---|---|"]

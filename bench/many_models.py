@@ -28,7 +28,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from bench.report import machine
+from bench.report import busy, machine
 from bench.scripted_engine import Engine, Script, byte_model, serve
 from shoal.api.routes import Endpoint, RouteTable
 from shoal.api.types import InferenceService, parse_document
@@ -283,7 +283,7 @@ def write(phases: Sequence[Phase], count: int, seconds: float) -> None:
         "",
         f"{count} services, one replica each, behind one router; {BYSTANDERS} bystanders with "
         f"{RATE:g} requests a second each, {seconds:g} s a row. Load generator, engines and router "
-        "share the machine.",
+        f"share the machine. {busy()}",
     ]
     stem = ROOT / "bench" / "results" / "many_models"
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")

@@ -42,6 +42,12 @@ def table(series: Sequence[Series], units: Mapping[str, str], reference: str) ->
     return "\n".join(lines)
 
 
+def busy() -> str:
+    """What else the machine did: figures of one that is shared say little about time."""
+    load, cores = os.getloadavg()[2], os.cpu_count()
+    return f"Load of the machine over the last 15 minutes: {load:.1f} on {cores} cores."
+
+
 def machine() -> str:
     """The processor's name and how many cores this process may use."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import grpc
 
-from bench.report import machine
+from bench.report import busy, machine
 from shoal.api.routes import Endpoint, RouteTable
 from shoal.api.types import parse_document
 from shoal.api.v1 import router_pb2, router_pb2_grpc
@@ -76,6 +76,8 @@ def main() -> None:
         "| req/s | requests | TTFT p50, real | simulated | | p95, real | simulated | |",
         "|---|---|---|---|---|---|---|---|",
         *map(_row, found),
+        "",
+        busy(),
     ]
     stem = ROOT / "bench" / "results" / "simulation"
     stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
