@@ -332,6 +332,25 @@ def test_blue_and_green_keep_a_full_set_for_the_way_back():
     assert len(told.machine.pods) == 2
 
 
+@pytest.mark.parametrize("bad", [False, True], ids=["under way", "given up"])
+def test_no_replicas_promote_nobody(bad):
+    """Scaled to zero in the middle of a trial, the stable revision is the one that comes back."""
+    told = Story("canary", 2, 1, 0)
+    told.live(12)
+    told.happen("bad", bad)
+    told.happen("model", SECOND)
+    told.live(8 if bad else 2)
+    told.happen("replicas", 0)
+    told.live(12)
+    assert not told.machine.pods
+    assert told.machine.status.active_revision == told.revision(FIRST)
+    told.happen("replicas", 2)
+    told.live(2)
+    assert told.serving().count(told.revision(FIRST)) >= 1
+    assert told.end_well(SECOND, bad=bad) is bad
+    assert len(told.machine.promotions) == 2 - bad
+
+
 def test_a_canary_that_is_given_up_keeps_its_pods_for_a_while():
     """Weight zero at once, the stable side whole; what the surge leaves room for stays."""
     told = Story("canary", 2, 1, 0)

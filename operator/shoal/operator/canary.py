@@ -71,11 +71,14 @@ def advance(
 ) -> Course:
     """The next state of a canary, and the weights and replicas that belong to it."""
     stable, wanted = situation.active, situation.wanted
-    if spec is None or stable is None or wanted == stable or not situation.bounds.replicas:
+    if spec is None or stable is None or wanted == stable:
         return Course(None)
     if state is None or (state.revision, state.stable) != (wanted, stable):
         state = CanaryState(wanted, stable)
     state = replace(state, step=min(state.step, len(spec.steps) - 1))
+    if not situation.bounds.replicas:
+        # Nobody serves, so nothing is tried and nothing is promoted meanwhile.
+        return Course(replace(state, since=None), _split(state, 0))
     if state.aborted is None and situation.verdict is Verdict.FAILED:
         state = replace(state, aborted=now, since=None, message=situation.message)
     if state.aborted is not None:

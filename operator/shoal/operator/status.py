@@ -103,7 +103,7 @@ class Situation:
         observed, staying = self.observed, self.staying
         return (
             self.target is not None
-            and not self.given_up
+            and self.observed.trial is None
             and len(staying) == self.bounds.replicas
             and all(observed.routable(pod) for pod in staying)
             and all(
