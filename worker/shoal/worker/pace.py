@@ -47,8 +47,8 @@ class Pace:
 
 @contextmanager
 def stepped_back() -> Iterator[None]:
-    """This thread, which ends with the block, has the lowest priority, and torch's work in it no
-    helpers: the engine's threads run first wherever they want to."""
+    """This thread has the lowest priority from now on, for as long as it lives, and torch's work
+    in it no helpers: the engine's threads run first wherever they want to."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
     threads = torch.get_num_threads()

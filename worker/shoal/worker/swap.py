@@ -11,12 +11,12 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from shoal.api.v1 import engine_pb2
+from shoal.worker.errand import errand, in_own_thread
 from shoal.worker.loop import Act, Command
 from shoal.worker.served import Served
 from shoal.worker.sources import ModelFiles, ModelNotFound, NoSpace, SourceError
@@ -189,7 +189,7 @@ class _Run:
         """The previous weights are still there: looked at again, not loaded."""
         self.progress = Progress(phase=Progress.CHECKING)
         weights = self._swapper.weights
-        sha256 = await asyncio.to_thread(weights.verify, previous.number, self.stop, hurry=True)
+        sha256 = await self._beside(lambda: weights.verify(previous.number, self.stop, hurry=True))
         await self._activate(previous, self._served.find(previous.revision))
         return sha256
 
@@ -207,20 +207,20 @@ class _Run:
         await asyncio.to_thread(weights.examine, files.path)
         active, previous = swapper.engine.weights.active, swapper.engine.weights.previous
         weights.make_room(freed=previous is not None)
-        await asyncio.to_thread(weights.verify, active.number, self.stop, hurry=False)
+        await self._beside(lambda: weights.verify(active.number, self.stop, hurry=False))
         await self._between(lambda: weights.probe(active.number))
         if previous is not None:
             await self._let_go(previous)
         arrived = WeightSet(swapper.next_number(), request.revision)
-        sha256 = await asyncio.to_thread(
-            weights.load,
-            *(arrived.number, files.path, request.sha256, self.stop),
-            self._loaded,
+        sha256 = await self._beside(
+            lambda: weights.load(
+                arrived.number, files.path, request.sha256, self.stop, self._loaded
+            )
         )
         try:
             await self._activate(arrived, _model(served, request, text))
         except Exception:
-            await self._between(lambda: weights.discard(arrived.number))
+            await self._between(lambda: self._give_up(arrived))
             raise
         return sha256
 
@@ -240,6 +240,11 @@ class _Run:
             *(arrived.revision, 1e3 * self._pause, anew),
         )
 
+    def _give_up(self, arrived: WeightSet) -> None:
+        """Frees weights that were not swapped in; those that were, after all, stay."""
+        if arrived.revision not in self._swapper.engine.weights.revisions:
+            self._swapper.weights.discard(arrived.number)
+
     async def _let_go(self, previous: WeightSet) -> None:
         """Frees the revision before the active one, once its last request has ended."""
         engine = self._swapper.engine
@@ -255,37 +260,21 @@ class _Run:
         """In the loading thread."""
         self.progress = Progress(phase=Progress.LOADING, fraction=fraction)
 
+    async def _beside(self, call: Callable[[], T]) -> T:
+        """Has a thread of the lowest priority make a call beside the engine's."""
+        return await in_own_thread(call, "standby")
+
     async def _between(self, call: Callable[[], T]) -> T:
         """Has the engine's thread make a call between two steps, and counts its time."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-        clock = self._swapper.clock
-
-        def settle(result: T | None, error: Exception | None, seconds: float) -> None:
-            self._pause += seconds
-            if answer.done():
-                return
-            if error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(result)  # type: ignore[arg-type]  # T where there is no error
-
-        def act() -> None:
-            began = clock()
-            result, failure = None, None
-            try:
-                result = call()
-            except Exception as error:
-                failure = error
-            with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-                loop.call_soon_threadsafe(settle, result, failure, clock() - began)
-
+        act, answer = errand(call, self._swapper.clock)
         self._submit(Act(act))
         try:
-            return await asyncio.wait_for(answer, _ENGINE_SECONDS)
+            result, seconds = await asyncio.wait_for(answer, _ENGINE_SECONDS)
         except TimeoutError:
             words = f"the engine did not come to its next step within {_ENGINE_SECONDS:.0f} s"
             raise SwapError("ABORTED", words) from None
+        self._pause += seconds
+        return result
 
 
 def _difference(served: engine_pb2.Tokenizer, found: engine_pb2.Tokenizer) -> str | None:
