@@ -546,6 +546,7 @@ FAMILIES: Mapping[str, Family] = {
             "num_experts": 256,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 2048,
+            "num_nextn_predict_layers": 1,
             "first_k_dense_replace": 3,
             "n_group": 8,
             "topk_group": 4,
