@@ -88,7 +88,7 @@ def test_gathers_columns_at_the_root(name: str) -> None:
 
 def test_a_member_that_does_not_come_is_named(name: str) -> None:
     """After the time given, not for ever."""
-    with pytest.raises(PeerMissing, match="member 1 did not come within 0.05 s"):
+    with pytest.raises(PeerMissing, match=r"member 1 did not come within 0\.05 s"):
         meeting(name, 2, 0, seconds=0.05).add_(torch.ones(3))
 
 
