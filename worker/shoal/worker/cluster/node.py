@@ -36,6 +36,7 @@ _ADOPT_ORPHANS: Final = 36  # PR_SET_CHILD_SUBREAPER of prctl(2)
 _OBJECT_STORE_BYTES: Final = 100_000_000  # nothing of ours goes through it
 _RAY: Final = "ray.scripts.scripts"  # by its module: a script may lie elsewhere than its Python
 _NOT_THERE: Final = "No module named"
+_LOOPBACK: Final = "127.0.0.1"
 _ATTEMPTS: Final = 3
 _TOO_SLOW: Final = "timed out during startup"
 _ESSENTIAL: Final = ("raylet", "gcs_server")
@@ -221,13 +222,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def own_address(towards: str = "198.51.100.1") -> str:
-    """This machine's address on the way to another one; loopback where there is no way."""
+    """This machine's address on the way to another one; where there is no way, that of its first
+    interface that leads anywhere, or loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((towards, 9))  # of UDP: nothing is sent
             return str(probe.getsockname()[0])
         except OSError:
-            return "127.0.0.1"
+            found = psutil.net_if_addrs().values()
+            ours = [one.address for some in found for one in some if one.family == socket.AF_INET]
+            return next((address for address in ours if not address.startswith("127.")), _LOOPBACK)
 
 
 def own_gpus(devices: Path = Path("/dev")) -> int:
