@@ -20,6 +20,7 @@ FAMILIES = (
     "linear-rope",
     "mistral",
     "mistral-window",
+    "groups-of-64",
 )
 
 
