@@ -71,9 +71,9 @@ def test_a_canary_is_judged_and_promoted_or_given_up(machine, local_service):
             bad = chat.apply("parent")
             await machine.until(lambda: chat.table.weights.get(bad) == 20, "the step")
             clients = asyncio.create_task(asking(chat, failing=(bad,)))
-            await machine.until_condition("chat", "CanaryHealthy", "False")
-            clients.cancel()
             await machine.until(lambda: chat.table.weights == {bad: 0, new: 100}, "weight 0")
+            clients.cancel()
+            await machine.until_condition("chat", "CanaryHealthy", "False")
             condition = await machine.until_condition("chat", "Progressing", "False")
             assert condition["reason"] == "CanaryFailed"
             assert "requests failed" in condition["message"]
