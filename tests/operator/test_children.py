@@ -22,7 +22,6 @@ from shoal.operator.platform import PodDefaults
 from shoal.operator.revision import Revision, revision_of
 from tests.operator.conftest import CREATED, make_service
 
-
 SERVING = ObservedPod("p", "r", 0, 0.0, address="10.0.0.1:8000")
 
 
