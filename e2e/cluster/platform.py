@@ -62,9 +62,13 @@ class Platform:
 
     def holder(self) -> str | None:
         """Name of the operator pod that leads; None between two leaders."""
+        identity = self.identity()
+        return None if identity is None else identity.split("_")[0]
+
+    def identity(self) -> str | None:
+        """The process that leads, which is another one when its container is started anew."""
         lease = self.kube.get("lease", f"{RELEASE}-operator", NAMESPACE)
-        holder = lease["spec"].get("holderIdentity") or ""
-        return holder.split("_")[0] or None
+        return lease["spec"].get("holderIdentity") or None
 
     def leader(self) -> Object:
         """The pod of the operator that leads."""
