@@ -113,7 +113,8 @@ def total_load(
     """The load of a service; None where no router says anything about it.
 
     `reports` holds the last report of every router, `routers` names those that take requests
-    (their pods are ready): one of them that never answered is as silent as one that stopped.
+    (their pods are ready): one of them that never answered is as silent as one that stopped, for
+    as long as it is named.
     """
     fresh = {n: r for n, r in reports.items() if n in routers and r.at > now - LATE_SECONDS}
     if not fresh:

@@ -121,3 +121,25 @@ def test_news_are_of_what_was_asked(
     told = set(news(BUSY, question, first, second))
     assert told <= set(question.services or (CHAT, OTHER))
     assert all(first.views.get(name) != second.views.get(name) for name in told)
+
+
+def test_a_silent_router_is_waited_for_a_minute() -> None:
+    """It is mute from when it has not answered for a while until it is forgotten; an answer makes
+    it count again."""
+    found = Hearing().found(True, 100.0).heard(Question(), {})
+    assert not found.mute(101.0, PACE)
+    silent = found.unheard(110.0).unheard(112.0)
+    assert not silent.mute(114.0, PACE)
+    assert silent.mute(116.0, PACE)
+    assert silent.mute(169.0, PACE)
+    assert not silent.mute(171.0, PACE)
+    assert not silent.counts(171.0, PACE)
+    assert silent.heard(Question(), {}).counts(172.0, PACE)
+
+
+def test_a_router_that_never_answered_is_forgotten_too() -> None:
+    """One whose pod is ready but that nobody reaches must not keep replicas for ever."""
+    new = Hearing().found(True, 100.0).unheard(101.0)
+    assert new.mute(102.0, PACE)
+    assert not new.mute(162.0, PACE)
+    assert not Hearing().found(False, 100.0).unheard(101.0).mute(102.0, PACE)

@@ -304,6 +304,33 @@ def test_all_routers_are_asked_about_services_that_others_scale() -> None:
     asyncio.run(main())
 
 
+def test_a_router_that_never_answers_is_waited_for_a_minute() -> None:
+    """Until then the load is not all there is; after that it is no reason to keep replicas."""
+
+    async def main() -> None:
+        routers, book, now = Routers("10.0.0.1", "10.0.0.2"), ServiceBook(), Now()
+        api: Any = routers
+        watch = LoadWatch(api, book, namespace="s", selector="x", connect=routers.connect, wall=now)
+        document = inference_service(autoscaling={"driver": "hpa", "maxReplicas": 4})
+        document["metadata"] |= {"uid": "u", "generation": 1}
+        book.note(CHAT, document)
+        routers.says["10.0.0.1"] = dict(view("10.0.0.1", 0, 1000.0))
+        routers.says["10.0.0.2"] = None
+        task = asyncio.create_task(watch.run())
+        await watch.news()
+        first = watch.load(CHAT)
+        assert first is not None and not first.complete
+        now.time += 61
+        routers.says["10.0.0.1"] = dict(view("10.0.0.1", 0, now.time))
+        await watch.news()
+        later = watch.load(CHAT)
+        assert later is not None and later.complete
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(main())
+
+
 def test_an_autoscaler_comes_and_goes_with_its_driver() -> None:
     """Made for driver hpa, gone for internal; pods follow what it writes meanwhile."""
 

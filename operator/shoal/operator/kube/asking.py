@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final
 
+from shoal.operator.autoscale_load import FORGOTTEN_SECONDS
 from shoal.operator.observe import RouterView
 
 _FEW: Final = 4  # services that are asked about by name
@@ -30,6 +31,7 @@ class RouterPace:
     settle: float = 3.0  # from ready until it counts
     answer: float = 3.0  # longest wait for one answer
     silence: float = 5.0  # without an answer for so long: left out
+    forgotten: float = FORGOTTEN_SECONDS  # and for so long: nobody waits for it any more
 
 
 PACE: Final = RouterPace()
@@ -125,8 +127,11 @@ class Hearing:
         return self.silent_since is None or now - self.silent_since < pace.silence
 
     def mute(self, now: float, pace: RouterPace) -> bool:
-        """Whether it takes requests but has not answered for a while."""
-        return self.ready and self._settled(now) and not self.counts(now, pace)
+        """Whether it takes requests but has not answered for a while. One that has been silent
+        for longer than that holds no request that anybody waits for."""
+        if not self.ready or not self._settled(now) or self.counts(now, pace):
+            return False
+        return self.silent_since is None or now - self.silent_since < pace.forgotten
 
     def _settled(self, now: float) -> bool:
         return self.counts_from is not None and now >= self.counts_from

@@ -13,7 +13,13 @@ from typing import Final
 
 from shoal.api.scaling import ScalingDriver
 from shoal.api.types import InferenceService
-from shoal.operator.autoscale_load import Load, RouterReport, TtftHistory, total_load
+from shoal.operator.autoscale_load import (
+    FORGOTTEN_SECONDS,
+    Load,
+    RouterReport,
+    TtftHistory,
+    total_load,
+)
 from shoal.operator.kube.book import ServiceBook
 from shoal.operator.kube.client import Api
 from shoal.operator.kube.errors import ApiError
@@ -53,7 +59,8 @@ class LoadWatch:
         self._connect = connect
         self._wall = wall
         self._routers: dict[str, RouterCalls] = {}  # by address
-        self._ready: frozenset[str] = frozenset()
+        # Routers whose pods are ready, each with when it answered last, or was found.
+        self._ready: dict[str, float] = {}
         self._watched: dict[str, _Watched] = {}  # by service
         self._round = asyncio.Event()
 
@@ -68,7 +75,9 @@ class LoadWatch:
         watched = self._watched.get(key)
         if watched is None:
             return None
-        return total_load(watched.reports, self._ready, watched.history, self._wall())
+        now = self._wall()
+        waited_for = {a for a, heard in self._ready.items() if now - heard < FORGOTTEN_SECONDS}
+        return total_load(watched.reports, waited_for, watched.history, now)
 
     async def news(self) -> None:
         """Waits until routers were asked again."""
@@ -104,6 +113,8 @@ class LoadWatch:
         for address, views in zip(tuple(self._routers), answers, strict=True):
             if views is None:
                 continue
+            if address in self._ready:
+                self._ready[address] = now
             for key, watched in self._watched.items():
                 # A router that does not know the service has no request for it.
                 view = views.get(key)
@@ -123,7 +134,8 @@ class LoadWatch:
             await self._routers.pop(address).close()
         for address in found.keys() - self._routers.keys():
             self._routers[address] = self._connect(address)
-        self._ready = frozenset(address for address, ready in found.items() if ready)
+        now = self._wall()
+        self._ready = {a: self._ready.get(a, now) for a, ready in found.items() if ready}
 
 
 def _driven(service: InferenceService) -> bool:
