@@ -33,7 +33,7 @@ class World:
         self.now, self.count = 1000.0, 0
         self.active, self.wanted = OLD, OLD
         self.state, self.in_force = None, {OLD: 100}
-        self.verdict, self.promoted, self.paused = Verdict.HEALTHY, -1, False
+        self.verdict, self.promoted, self.paused = Verdict.HEALTHY, None, False
         self.replicas = []
         self.deaf = False  # routers do not take up weights
         self.promotions, self.weights_seen = [], []

@@ -126,6 +126,7 @@ class Story:
         self.generation = 1
         self.bad = frozenset()
         self.wishes = [FIRST]
+        self.extra = {}
 
     def service(self, model=None):
         return make_service(
@@ -134,6 +135,7 @@ class Story:
             replicas=self.spec["replicas"],
             paused=self.spec["paused"],
             rollout=self.rollout,
+            **self.extra,
         )
 
     def revision(self, model):
@@ -330,6 +332,62 @@ def test_blue_and_green_keep_a_full_set_for_the_way_back():
     told.live(25)
     assert told.serving() == [told.revision(FIRST)] * 2
     assert len(told.machine.pods) == 2
+
+
+@pytest.mark.parametrize("how", ["paused", "refused"])
+def test_a_held_spec_holds_both_sets(how):
+    """Neither a second set in the making nor one that is kept for the way back is touched, and
+    requests stay where they are."""
+    for rounds in (2, 8):  # before the switch, and after it
+        told = Story("blue-green", 2, 1, 0)
+        told.live(12)
+        told.happen("model", SECOND)
+        told.live(rounds)
+        machine = told.machine
+        pods, weights = set(machine.pods), dict(machine.heard.weights)
+        assert len(pods) == 4
+        if how == "paused":
+            told.happen("paused", True)
+        else:
+            told.extra = {"engine": {"speculative": {"method": "ngram"}}}
+        told.live(40)
+        assert set(machine.pods) == pods
+        assert {name: weight for name, weight in machine.heard.weights.items() if weight} == {
+            name: weight for name, weight in weights.items() if weight
+        }
+        told.extra = {}
+        told.end_well(SECOND)
+
+
+def test_a_refused_spec_keeps_the_revision_that_serves():
+    """A typo in the strategy, too: of two sets the one without requests is drained, if any."""
+    told = Story("blue-green", 2, 1, 0)
+    told.live(12)
+    told.happen("model", SECOND)
+    told.live(8)
+    serving = told.revision(SECOND)
+    told.rollout = {"drainSeconds": 30}
+    told.extra = {"engine": {"speculative": {"method": "ngram"}}}
+    told.live(30)
+    assert told.serving().count(serving) == 2
+    assert told.machine.heard.weights[serving] == 100
+
+
+def test_a_swap_that_fails_says_why():
+    """The engine's words are in the condition for as long as it is tried again."""
+    told = Story("in-place", 1, 1, 0)
+    told.live(12)
+    told.happen("model", SECOND)
+    (name,) = told.machine.pods
+    target = told.revision(SECOND)
+    for state in (SwapState.FAILED, SwapState.AGAIN):
+        told.machine.calls = {name: SwapView(target, 0, state, "no such package")}
+        decided = told.machine.step(told.service())
+        found = decided.status.condition("Progressing")
+        assert (found.status, found.reason) == ("False", "SwapFailed")
+        assert "no such package" in found.message
+        begun = any(isinstance(action, SwapWeights) for action in decided.actions)
+        assert begun is (state is SwapState.AGAIN)
 
 
 @pytest.mark.parametrize("bad", [False, True], ids=["under way", "given up"])

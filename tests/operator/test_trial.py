@@ -215,3 +215,21 @@ def test_pauses_that_are_short_promote_no_slow_revision():
             break
     assert operator.shown.aborted_time is not None
     assert max(operator.seen) == 40
+
+
+def test_every_step_is_judged_by_its_own_requests():
+    """A second step without a request does not pass on what the first one was found to be, nor
+    does it after a restart."""
+    operator = Operator(service([{"weight": 20}, {"weight": 50}, {"weight": 100}]))
+    while operator.shown is None or operator.shown.step == 0:
+        operator.look()
+    for number in range(50):
+        if number == 25:
+            operator.state = None
+        found = operator.look(requests=0)
+    assert operator.shown.step == 1
+    assert found.healthy is None
+    assert operator.shown.evidence.judged == 0
+    while not found.course.completed:
+        found = operator.look()
+    assert sorted(set(operator.seen)) == [20, 50, 100]

@@ -1,4 +1,4 @@
-"""Is the new revision worse than the stable one? Judged look by look from the routers' counts. Pure.
+"""Is the new revision worse than the stable one? From what routers count, look by look. Pure.
 
 A look fails where one of three figures is both of consequence and proven:
 
@@ -9,12 +9,12 @@ A look fails where one of three figures is both of consequence and proven:
                      most, over all three figures, all looks and all steps
 
 `maxFailures` failed looks in a row end the canary. The first `minRequests` requests of the new
-revision are its warm-up: they count as requests and as errors, but their times do not, since
-caches begin empty. It is healthy once as many again were compared and it was not proven to be worse.
-Times between tokens share a request's fate, so a look's tokens count for as much as its requests. At
-weight 100 nothing is left to compare with: times are then not judged, and
-errors are tested against maxErrorRate itself.
-"""  # noqa: E501
+revision are its warm-up: they count as requests and as errors, but their times do not, since caches
+begin empty. It is healthy once as many again were compared and it was not proven to be worse. Times
+between tokens share a request's fate, so a look's tokens count for as much as its requests. At
+weight 100 nothing is left to compare with: times are then not judged, and errors are tested against
+maxErrorRate itself.
+"""
 
 from dataclasses import dataclass, field, replace
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Evidence that one revision is worse than another, which may be looked at as often as wished. Pure.
+"""Evidence that one revision is worse than another, to be looked at as often as wished. Pure.
 
 A test martingale ("e-process") of two streams of yes/no outcomes: how often did requests of the
 stable revision (a) and of the new one (b) exceed a threshold, or fail? It is the two-stream
@@ -19,7 +19,7 @@ are compared within each. Several guesses and thresholds are averaged, which kee
 Requests in a look are not independent where they wait behind each other. A power E^(1/f), f >= 1,
 is an e-variable still; f is what the difference between the two varies more from look to look
 than independent requests would (the design effect), as far as earlier looks show it.
-"""  # noqa: E501
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

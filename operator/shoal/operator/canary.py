@@ -53,7 +53,7 @@ class Situation:
     paused: bool = False  # spec.paused
     verdict: Verdict | None = None  # of the analysis, since the canary began; None: no look yet
     message: str = ""  # the analysis' sentence
-    promoted: int = -1  # the last step that a person lets pass
+    promoted: int | None = None  # the last step that a person lets pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _passed(spec: CanarySpec, state: CanaryState, situation: Situation, now: flo
     """Whether the present step is over."""
     if state.since is None or situation.paused:
         return False
-    if situation.promoted >= state.step:
+    if situation.promoted is not None and situation.promoted >= state.step:
         return True
     judged = spec.analysis is None or situation.verdict is Verdict.HEALTHY
     step = spec.steps[state.step]

@@ -54,10 +54,19 @@ def next_swaps(
     free = [
         pod.name
         for pod in sorted(pods, key=lambda pod: (observed.in_flight(pod), pod.name))
-        if (call := calls[pod.name]) is None or call.state is SwapState.REFUSED
+        if (call := calls[pod.name]) is None or call.state in (SwapState.REFUSED, SwapState.AGAIN)
     ]
     width = max(1, bounds.surge + bounds.unavailable) - busy
     return NextSwaps(frozenset(calls), tuple(free[: max(0, width)]))
+
+
+def failure(observed: Observed, target: str | None) -> str | None:
+    """Why weights are not swapped yet, where calls for the revision have failed."""
+    for pod in observed.pods:
+        call = _call(pod, observed)
+        if call is not None and call.revision == target and call.message:
+            return f"{pod.name}: {call.message}; it is tried again"
+    return None
 
 
 def served(observed: Observed) -> dict[str, str]:

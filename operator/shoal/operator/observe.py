@@ -140,7 +140,8 @@ class SwapState(StrEnum):
     RUNNING = "Running"
     DONE = "Done"
     REFUSED = "Refused"  # these weights do not go where the others are
-    FAILED = "Failed"  # to be tried again, once this is forgotten
+    FAILED = "Failed"  # to be tried again after a while
+    AGAIN = "Again"  # it failed, and that while is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class SwapView:
     revision: str  # that it is to serve
     restarts: int  # of the process that was called: one that starts anew knows nothing of it
     state: SwapState
-    message: str = ""  # why it did not come to that, in the engine's words
+    message: str = ""  # why it has not come to that so far, in the engine's words
 
 
 @dataclass(frozen=True, slots=True)

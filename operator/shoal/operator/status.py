@@ -17,6 +17,7 @@ from shoal.api.types import (
     InferenceService,
     InferenceServiceStatus,
 )
+from shoal.operator.inplace import failure
 from shoal.operator.metadata import selector
 from shoal.operator.observe import Observed, ObservedPod, ScalingView, TrialView
 from shoal.operator.rollout import Bounds
@@ -61,7 +62,7 @@ class Situation:
     @property
     def revisions_kept(self) -> frozenset[str]:
         """Revisions whose replicas stay without requests."""
-        return self.steps.kept
+        return self.steps.idle
 
     @property
     def given_up(self) -> bool:
@@ -86,7 +87,7 @@ class Situation:
         return [
             pod
             for pod in self.observed.pods
-            if self.observed.stays(pod) and pod.revision not in self.steps.kept
+            if self.observed.stays(pod) and pod.revision not in self.steps.idle
         ]
 
     @property
@@ -107,7 +108,7 @@ class Situation:
             and len(staying) == self.bounds.replicas
             and all(observed.routable(pod) for pod in staying)
             and all(
-                p.revision == self.target or p.revision in self.steps.kept
+                p.revision == self.target or p.revision in self.steps.idle
                 for p in observed.pods
                 if not observed.gone(p)
             )
@@ -156,10 +157,9 @@ def build_status(situation: Situation, now: float) -> InferenceServiceStatus:
 
 def _blue_green(situation: Situation, now: float) -> BlueGreenStatus | None:
     """What is kept for the way back, since when."""
-    before = situation.observed.status
-    if not situation.steps.kept or situation.observed.trial is not None:
+    before, kept = situation.observed.status, situation.steps.kept
+    if kept is None:
         return None
-    (kept,) = situation.steps.kept
     if before.blue_green is not None and before.blue_green.kept == kept:
         return before.blue_green
     return BlueGreenStatus(kept=kept, switch_time=datetime.fromtimestamp(int(now), UTC))
@@ -296,6 +296,8 @@ def _progressing(situation: Situation) -> _Verdict:
         return _Verdict(kind, FALSE, "ReplicaFails", _pod_sentence(failing[0]))
     if trial is not None and trial.status is not None:
         return _Verdict(kind, TRUE, "Canary", trial.message)
+    if situation.steps.in_place is None and (said := failure(situation.observed, target)):
+        return _Verdict(kind, FALSE, "SwapFailed", said)
     mine = [pod for pod in situation.staying if pod.revision == target]
     routable = sum(map(situation.observed.routable, mine))
     observed = situation.observed
@@ -315,8 +317,8 @@ def _asides(situation: Situation) -> str:
         said += "; spec.rollout.rollbackTo asks for it, and taking that out leads forward again"
     if (refusal := situation.steps.in_place) is not None:
         said += f"; replica by replica, not in place: {refusal.message}"
-    if situation.steps.kept and situation.observed.trial is None:
-        said += f"; replicas of revision {', '.join(situation.steps.kept)} stay for the way back"
+    if (kept := situation.steps.kept) is not None:
+        said += f"; replicas of revision {kept} stay for the way back"
     return said
 
 

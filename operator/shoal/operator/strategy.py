@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from shoal.api.routes import Pin
 from shoal.api.types import BlueGreenSpec, InferenceService, InPlaceStatus, RolloutStrategy
-from shoal.operator.bluegreen import next_sets
+from shoal.operator.bluegreen import Sets, held_sets, next_sets
 from shoal.operator.canary_moves import Replica, canary_moves
 from shoal.operator.inplace import next_swaps
 from shoal.operator.observe import Observed, ObservedPod, TrialView
@@ -43,7 +43,8 @@ class Steps:
     resume: tuple[str, ...] = ()
     swap: tuple[str, ...] = ()  # that are to serve the target revision
     weights: Mapping[str, int] | None = None  # in sum 100; None: by the number of replicas
-    kept: frozenset[str] = frozenset()  # revisions whose replicas stay and serve nobody
+    idle: frozenset[str] = frozenset()  # revisions whose replicas stay and serve nobody
+    kept: str | None = None  # of these, that which stays for the way back
     promoted: str | None = None  # the revision that is the active one from now on
     pins: tuple[Pin, ...] = ()  # requests that go to a revision whatever its weight
     in_place: InPlaceStatus | None = None  # why weights are not swapped
@@ -53,6 +54,8 @@ class Steps:
 def next_steps(service: InferenceService, observed: Observed, goal: Goal, now: float) -> Steps:
     """What to do next. `now` in Unix seconds."""
     rollout, active, target = service.spec.rollout, goal.active, goal.target
+    if goal.frozen and active is not None and rollout.strategy is RolloutStrategy.BLUE_GREEN:
+        return _held(observed, goal, active)
     if goal.refused or active is None or target is None:
         return _rolling(observed, goal, frozenset())
     if (trial := observed.trial) is not None and trial.course.weights is not None:
@@ -124,7 +127,7 @@ def _on_trial(
         moves.drain,
         moves.resume,
         weights=course.weights,
-        kept=frozenset(idle) if aborted else frozenset(),
+        idle=frozenset(idle) if aborted else frozenset(),
         promoted=promoted,
         pins=pins,
     )
@@ -150,14 +153,34 @@ def _blue_green(
         spec.keep_seconds if spec is not None else BlueGreenSpec().keep_seconds,
         now,
     )
+    return _over_sets(observed, active, sets)
+
+
+def _held(observed: Observed, goal: Goal, active: str) -> Steps:
+    staying = [pod for pod in observed.pods if observed.stays(pod)]
+    sets = held_sets(
+        active,
+        goal.bounds,
+        Counter(pod.revision for pod in staying),
+        observed.table.weights if observed.table is not None else {},
+        observed.status.blue_green,
+    )
+    steps = _over_sets(observed, active, sets)
+    idle = (name for name, weight in sets.weights.items() if not weight)
+    return replace(steps, idle=frozenset(idle))
+
+
+def _over_sets(observed: Observed, active: str, sets: Sets) -> Steps:
     moves = canary_moves(replicas_of(observed, sets.weights), sets.replicas, active, sets.room)
+    serving = next(name for name, weight in sets.weights.items() if weight)
     return Steps(
         moves.create,
         moves.drain,
         moves.resume,
         weights=sets.weights,
-        kept=frozenset({sets.kept} if sets.kept is not None else ()),
-        promoted=target if sets.switched else None,
+        idle=frozenset({sets.kept} if sets.kept is not None else ()),
+        kept=sets.kept,
+        promoted=serving if sets.switched else None,
         again=sets.again,
     )
 
@@ -168,10 +191,16 @@ def _member(pod: ObservedPod, observed: Observed, goal: Goal, swappable: frozens
         target=goal.frozen or pod.revision == goal.target or pod.name in swappable,
         active=pod.revision == goal.active,
         ready=pod.ready,
-        routable=observed.routable(pod),
+        routable=observed.routable(pod) and not (goal.frozen and _without_weight(pod, observed)),
         draining=pod.drain_started is not None,
         deleting=pod.deleting,
         in_flight=observed.in_flight(pod),
         warm=observed.warm(pod),
         created=pod.created,
     )
+
+
+def _without_weight(pod: ObservedPod, observed: Observed) -> bool:
+    """Whether the table in force keeps requests from the pod's revision."""
+    weights = observed.table.weights if observed.table is not None else {}
+    return weights.get(pod.revision) == 0 and any(weights.values())

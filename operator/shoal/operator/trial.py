@@ -40,7 +40,8 @@ class TrialState:
     analysis: Analysis
     tally: Tally = field(default_factory=Tally)
     looked: float | None = None  # when, Unix seconds
-    outcome: Look | None = None  # of the last look
+    outcome: Look | None = None  # of the last look in this step
+    stands: CanaryState | None = None  # where it was left; the status may not say so yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,9 @@ def attend(
     if state is None or (state.stable, state.canary) != (active, wanted):
         evidence = shown.evidence if shown is not None else None
         state = TrialState(active, wanted, _analysis_of(evidence))
-    stands = _state_of(shown) if shown is not None else None
+    stands = state.stands
+    if stands is None and shown is not None:
+        stands = _state_of(shown)
     if stands is None or stands.aborted is None:
         state = _looked(spec, state, answers, now, opinion)
     situation = Situation(
@@ -97,6 +100,8 @@ def attend(
         promoted=_promoted(service, wanted),
     )
     course = advance(spec, stands, situation, now)
+    if course.state is not None:
+        state = _moved(state, stands, course.state)
     if course.state is None:
         return Attended(course, state if not course.completed else None, None, None, "")
     return Attended(
@@ -106,6 +111,14 @@ def attend(
         _healthy(course.state, state),
         describe(spec, course.state),
     )
+
+
+def _moved(state: TrialState, before: CanaryState | None, now: CanaryState) -> TrialState:
+    """`state` where the canary stands now. A step is judged by its own requests."""
+    state = replace(state, stands=now)
+    if before is None or before.step == now.step:
+        return state
+    return replace(state, outcome=None, analysis=replace(state.analysis, judged=0))
 
 
 def _looked(
@@ -139,11 +152,11 @@ def _in_force(observed: Observed) -> Mapping[str, int] | None:
     return table.weights if heard else None
 
 
-def _promoted(service: InferenceService, revision: str) -> int:
-    """The step that a person lets pass; -1 where the annotation is about another revision."""
+def _promoted(service: InferenceService, revision: str) -> int | None:
+    """The step that a person lets pass; None where the annotation is about another revision."""
     text = service.metadata.annotations.get(names.ANNOTATION_PROMOTE, "")
     name, _, step = text.partition(":")
-    return int(step) if name == revision and step.isascii() and step.isdigit() else -1
+    return int(step) if name == revision and step.isascii() and step.isdigit() else None
 
 
 def _healthy(state: CanaryState, trial: TrialState) -> bool | None:

@@ -1,9 +1,9 @@
 """Which revision a service is to serve: that of its spec, or an earlier one that it names. Pure.
 
 `spec.rollout.rollbackTo` holds as long as it stands there, and where it says `insteadOf` only while
-the spec describes that very revision. It is a wish like any other: nothing is remembered, and taking
-it out leads forward again.
-"""  # noqa: E501
+the spec describes that very revision. It is a wish like any other: nothing is remembered, and
+taking it out leads forward again.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

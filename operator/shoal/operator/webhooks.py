@@ -9,6 +9,7 @@ import logging
 import urllib.request
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, Final
 
 from shoal.api.rollout import CanaryAnalysis
@@ -84,7 +85,7 @@ async def post_question(url: str, question: Mapping[str, Any], seconds: float) -
     try:
         async with asyncio.timeout(seconds + 1):
             return await asyncio.to_thread(_post, url, question, seconds)
-    except (TimeoutError, OSError, ValueError) as error:
+    except (TimeoutError, OSError, ValueError, HTTPException) as error:
         log.warning("the canary's webhook %s gave no answer: %s", url, error)
         return None
 
