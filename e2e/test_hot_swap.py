@@ -167,8 +167,8 @@ def _summary(what: str, seconds: float, pause: float, load: Load) -> str:
 
 
 def test_swap_and_way_back_under_32_streams(service: Service) -> None:
-    """No request fails, every answer is one revision's from its start, the process stays, and the
-    engine's own pauses are short; so it is on the way back, which loads nothing."""
+    """No request fails, every answer is one revision's from its start, and the process stays; so it
+    is on the way back. The engine says how long it paused."""
     platform = service.platform
     other = other_weights(resolve(MODEL).path, service.folder / "other.gguf")
     service.apply(MODEL, "finish")

@@ -5,6 +5,7 @@ import asyncio
 from bench.scripted_engine import Engine, Script, byte_model, expected
 from shoal.api.v1 import engine_pb2
 from shoal.router.dispatch import DispatchSettings
+from shoal.router.replica import ReplicaSettings
 
 PROMPT = list(b"a prompt of some forty bytes, more or less")
 
@@ -100,5 +101,46 @@ def test_a_request_that_a_swap_moved_counts_for_where_it_ran(stage, run):
             s.dispatcher.batch(replica, engine_pb2.GenerateBatch(deltas=[moved]))
             assert generation.revision == "new"
             generation.cancel()
+
+    run(body())
+
+
+def test_an_engine_that_cannot_answer_at_once_keeps_its_streams(stage, run):
+    """GetModel fails for a while after a swap: what flies there flies on, and the replica follows
+    once it is told."""
+
+    async def body():
+        engines = [engine(step_seconds=0.01)]
+        settings = DispatchSettings(ReplicaSettings(longest_pause=0.05))
+        async with stage(engines, settings=settings) as s:
+            long = s.ask(max_tokens=60)
+            await s.until(lambda: s.starts(0))
+            replica = s.dispatcher.replicas["e0"]
+            s.route(endpoints=[s.endpoint(0, revision="new")])  # which the engine lacks as yet
+            await asyncio.sleep(0.15)
+            assert (replica.connected, replica.revision) == (True, "old")
+            await swap(s, 0, "new")
+            await s.until(lambda: replica.revision == "new")
+            assert await s.answer(long) == expected(PROMPT, 60)
+            assert s.dispatcher.stats.migrations == 0
+
+    run(body())
+
+
+def test_figures_go_to_the_revision_that_a_request_began_on(stage, run):
+    """Tokens of an old request that come after the swap are the old revision's."""
+
+    async def body():
+        async with stage([engine(step_seconds=0.01)], settings=DispatchSettings()) as s:
+            old = s.ask(max_tokens=40)
+            await s.until(lambda: s.starts(0))
+            await swap(s, 0, "new")
+            s.route()
+            await s.until(lambda: s.dispatcher.replicas["e0"].revision == "new")
+            assert await s.answer(s.ask(max_tokens=5)) == expected(PROMPT, 5)
+            await s.answer(old)
+            stats = [s.dispatcher.stats.of(revision) for revision in ("old", "new")]
+            assert [sum(of.ttft.counts()[1]) for of in stats] == [1, 1]
+            assert [sum(of.itl.counts()[1]) for of in stats] == [39, 4]
 
     run(body())

@@ -18,9 +18,11 @@ from shoal.api.v1 import engine_pb2, engine_pb2_grpc
 from shoal.kernels.native import unavailable
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine
+from shoal.worker.errand import errand
 from shoal.worker.model.fingerprint import tensors_of
 from shoal.worker.request import EngineRequest, SamplingParams
 from shoal.worker.runner import InProcessExecutor, create_executor
+from shoal.worker.served import Served
 from shoal.worker.server import EngineServer, ServerSettings
 from shoal.worker.sources import ModelFiles, ModelNotFound
 from shoal.worker.step import Row, SlotInit, StepPlan
@@ -110,7 +112,9 @@ def build(world: World, **settings: object) -> tuple[InProcessExecutor, EngineCo
 
 def load(executor: InProcessExecutor, number: int, folder: Path) -> None:
     assert executor.standby is not None
-    executor.standby.load(number, folder, "", threading.Event(), lambda share: None)
+    stop = threading.Event()
+    sha256 = executor.standby.read(folder, "", stop)
+    executor.standby.load(number, folder, sha256, stop, lambda share: None)
     executor.standby.probe(number)
 
 
@@ -481,3 +485,96 @@ def test_one_at_a_time_and_broken_off(world: World) -> None:
         assert caller.executor.backend(0) and 1 not in caller.executor._backends
 
     run(world, story)
+
+
+def test_a_swap_broken_off_while_old_requests_run_leaks_nothing(world: World) -> None:
+    """It had begun to let the previous weights go: the next swap does so first, and two sets are
+    in memory after it."""
+
+    async def story(caller: Caller) -> None:
+        await caller.swap("b", "rb")
+        caller.engine.running_on = lambda number: 1
+        call = caller.stub.SwapWeights(engine_pb2.SwapWeightsRequest(uri="c", revision="rc"))
+        while (await call.read()).phase != Progress.DRAINING:
+            pass
+        assert (await caller.refusal("c", "rc"))[0] == grpc.StatusCode.ABORTED
+        call.cancel()
+        del caller.engine.running_on
+        while True:
+            try:
+                await caller.swap("c", "rc")
+                break
+            except grpc.aio.AioRpcError as error:
+                assert error.code() == grpc.StatusCode.ABORTED
+                await asyncio.sleep(0.02)
+        assert len(caller.executor.standby.numbers) == len(caller.executor._backends) == 2
+        assert await caller.answer(PROMPTS[0]) == world.answer("c", PROMPTS[0])
+        assert await caller.answer(PROMPTS[0], "rb") == world.answer("b", PROMPTS[0])
+
+    run(world, story)
+
+
+def test_files_that_are_not_whole_cost_no_way_back(world: World) -> None:
+    """The previous weights go only once the new file was read to its end."""
+
+    async def story(caller: Caller) -> None:
+        await caller.swap("b", "rb")
+        assert (await caller.refusal("c", "rc", sha256="0" * 64))[0] == grpc.StatusCode.DATA_LOSS
+        assert await caller.revision("ra") == "ra"
+        await caller.swap("", "ra")
+        assert await caller.answer(PROMPTS[0]) == world.answer("a", PROMPTS[0])
+
+    run(world, story)
+
+
+def test_progress_is_repeated_while_nothing_changes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who calls can tell a slow engine from a dead one."""
+    monkeypatch.setattr("shoal.worker.swap.REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr("shoal.worker.swap.PROGRESS_SECONDS", 0.01)
+
+    async def story(caller: Caller) -> None:
+        inner = caller.executor.standby.read
+
+        def slow(*args: Any) -> str:
+            threading.Event().wait(0.3)
+            return str(inner(*args))
+
+        caller.executor.standby.read = slow
+        said = await caller.swap("b", "rb")
+        assert sum(m == Progress(phase=Progress.LOADING) for m in said) > 3
+
+    run(world, story)
+
+
+def test_a_call_nobody_waits_for_is_not_made() -> None:
+    """An engine that comes to its next step too late does not swap behind everybody's back."""
+
+    async def story() -> None:
+        calls: list[int] = []
+        act, answer = errand(lambda: calls.append(1))
+        answer.cancel()
+        act()
+        assert not calls
+        act, answer = errand(lambda: 7)
+        act()
+        assert (await answer)[0] == 7
+
+    asyncio.run(story())
+
+
+def test_what_routers_are_told_follows_the_engine() -> None:
+    """The model of a revision that became active is there whoever made it so; what is no longer in
+    memory is forgotten with the next that is expected."""
+    in_memory = ["ra"]
+    models = {name: engine_pb2.Model(revision=name) for name in ("ra", "rb", "rc")}
+    served = Served(models["ra"], lambda: tuple(in_memory))
+    served.expect(models["rb"])
+    assert (served.active, served.find("rb")) == (models["ra"], models["ra"])
+    in_memory[:] = ["rb", "ra"]
+    assert (served.active, served.find("ra")) == (models["rb"], models["ra"])
+    in_memory[:] = ["rb"]
+    served.expect(models["rc"])
+    in_memory[:] = ["rc", "rb"]
+    assert (served.find("ra"), served.find("rb")) == (models["rc"], models["rb"])

@@ -202,7 +202,8 @@ class Dispatcher:
     def batch(self, replica: Replica, batch: engine_pb2.GenerateBatch) -> None:
         now = self._clock()
         pieces = replica.pieces
-        stats = self.stats.of(replica.revision)
+        revision = replica.revision
+        stats = self.stats.of(revision)
         for delta in batch.deltas:
             piece = pieces.get(delta.id)
             index = delta.index
@@ -227,6 +228,9 @@ class Dispatcher:
             if piece.wants_logprobs:
                 output.logprobs = list(delta.logprobs)
             if count:
+                if generation.revision != revision:  # begun before its weights were swapped
+                    revision = generation.revision
+                    stats = self.stats.of(revision)
                 if not generation.first_at:
                     generation.first_at = now
                     stats.ttft.add(now - generation.arrived_at)
@@ -313,7 +317,7 @@ class Dispatcher:
             return
         begun = piece.begun
         if not free:
-            self.stats.of(replica.revision).broken += 1
+            self.stats.of(generation.revision).broken += 1
             piece.failed_on |= {replica.name}
             piece.migrations += begun
             piece.retries += not begun

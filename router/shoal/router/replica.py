@@ -111,6 +111,7 @@ class Replica:
         self._connected = False
         self._admissions = 0  # how often it was connected
         self._refusing = False  # until its next load says otherwise
+        self._behind = False  # its engine lacks the revision that the table names
         self._retired = False
         self._sent_tokens = 0  # to prefill, sent since the last load
         self._candidate: Candidate | None = None
@@ -129,7 +130,7 @@ class Replica:
     def available(self) -> bool:
         """New requests may go there (an ejected replica only for want of others)."""
         return self._connected and not (
-            self.draining or self._retired or self._refusing or self.load.draining
+            self.draining or self._retired or self._refusing or self._behind or self.load.draining
         )
 
     def candidate(self) -> Candidate:
@@ -287,18 +288,27 @@ class Replica:
         return model, await asyncio.to_thread(text_key, model)
 
     async def _follow(self, stub: "engine_pb2_grpc.EngineAsyncStub") -> None:
-        """Goes with the table from one revision to another."""
+        """Goes with the table from one revision to another. An engine that does not answer, or
+        lacks the new one and then gets nothing new, keeps its streams and is asked again."""
         while True:
             while (revision := self.wanted) == self.revision:
                 await self._turn.wait()
                 self._turn.clear()
-            model, key = await self._model(stub, revision)
+            try:
+                model, key = await self._model(stub, revision)
+            except (_Ended, grpc.RpcError) as error:
+                if not self._behind:
+                    log.warning("replica %s: not yet %s: %s", self.name, revision, _why(error))
+                self._behind = self._behind or isinstance(error, _Ended)
+                await asyncio.sleep(self._settings.longest_pause)
+                continue
             self._adopt(model, key, revision)
             log.info("replica %s: its weights were swapped to %s", self.name, revision)
             self._events.turned(self, model)
 
     def _adopt(self, model: engine_pb2.Model, key: str, revision: str) -> None:
         self.revision = revision
+        self._behind = False
         self.text_key = key
         self.hash_seed = model.hash_seed
         self.startup = tuple(model.startup)

@@ -14,7 +14,8 @@ def errand(
     call: Callable[[], T], clock: Callable[[], float] = time.perf_counter
 ) -> tuple[Callable[[], None], "asyncio.Future[tuple[T, float]]"]:
     """What another thread is to run (it does not raise), and what the running loop then has: the
-    call's result, and the seconds that it took. The future raises what the call raises."""
+    call's result, and the seconds that it took. The future raises what the call raises; once it is
+    cancelled, the call is not made any more."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[tuple[T, float]] = loop.create_future()
 
@@ -27,6 +28,8 @@ def errand(
             answer.set_result(result)
 
     def run() -> None:
+        if answer.cancelled():
+            return
         began = clock()
         result: tuple[T, float] | Exception
         try:

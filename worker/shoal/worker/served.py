@@ -1,27 +1,32 @@
 """What routers are told of the models whose weights are in memory."""
 
+from collections.abc import Callable
+
 from shoal.api.v1 import engine_pb2
 
 
 class Served:
-    """The active revision's model, and the previous one's while its weights are there. On the
-    server's event loop; `shoal.worker.weight_sets` is the engine's own account."""
+    """Models by revision, on the server's event loop. Which of them is active, and which is there
+    at all, the engine alone knows."""
 
-    def __init__(self, model: engine_pb2.Model) -> None:
-        self.active = model
-        self._previous: engine_pb2.Model | None = None
+    def __init__(
+        self, model: engine_pb2.Model, revisions: Callable[[], tuple[str, ...]] | None = None
+    ) -> None:
+        """`revisions`: those in memory, the active one first; None: that of `model`, for good."""
+        self._models = {model.revision: model}
+        self._revisions = revisions or (lambda: (model.revision,))
+
+    @property
+    def active(self) -> engine_pb2.Model:
+        return self._models[self._revisions()[0]]
 
     def find(self, revision: str) -> engine_pb2.Model:
         """The model of a revision; of the active one where that is not there."""
-        previous = self._previous
-        if revision and previous is not None and previous.revision == revision:
-            return previous
-        return self.active
+        active, *others = self._revisions()
+        return self._models[revision if revision in others else active]
 
-    def activate(self, model: engine_pb2.Model) -> None:
-        """The active model becomes the previous one."""
-        self._previous, self.active = self.active, model
-
-    def retire(self) -> None:
-        """The previous model's weights are about to go."""
-        self._previous = None
+    def expect(self, model: engine_pb2.Model) -> None:
+        """A revision whose weights may become active; what is no longer there is forgotten."""
+        there = self._revisions()
+        self._models = {name: known for name, known in self._models.items() if name in there}
+        self._models[model.revision] = model

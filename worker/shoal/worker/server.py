@@ -136,7 +136,7 @@ class EngineServer:
             engine_loop,
             StreamHub(engine_loop.submit, engine.load(), self._settings.max_pending_deltas),
             CacheWatch(engine_loop.submit, self._settings.max_pending_changes),
-            Served(model),
+            Served(model, None if swapper is None else lambda: swapper.revisions),
             swapper,
         )
         engine_loop.start()

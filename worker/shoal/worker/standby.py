@@ -1,9 +1,9 @@
 """Other weights beside those in use: loaded, checked, kept and let go.
 
-    examine -> make_room -> load -> probe ...         verify -> probe         (the way back)
+    examine -> make_room -> read -> load -> probe ...         verify -> probe         (the way back)
 
-`load` and `verify` work in a thread that the caller made for it, beside the engine's; `probe` and
-`discard` come between two steps, in the engine's.
+`read`, `load` and `verify` work in a thread that the caller made for it, beside the engine's;
+`probe` and `discard` come between two steps, in the engine's.
 """
 
 import logging
@@ -87,9 +87,14 @@ class Standby:
             if difference is not None:
                 raise WeightError(f"{path}: {difference}; weights are swapped within a model only")
 
-    def make_room(self, freed: bool) -> None:
-        """RESOURCE_EXHAUSTED where another set does not fit. `freed`: one that is there is
-        discarded before."""
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Of the sets in memory."""
+        return frozenset(self._sets)
+
+    def make_room(self, freed: int) -> None:
+        """RESOURCE_EXHAUSTED where another set does not fit. `freed`: so many of those that are
+        there are discarded before."""
         memory = self._memory
         planned = memory.total + (len(self._sets) - 1) * memory.weights
         if self._limit is not None:
@@ -100,8 +105,7 @@ class Standby:
             # What the plan has not touched yet, most of all KV blocks, is not there to be had.
             room = available - max(0, planned - self._resident())
             source = f"{available // _MIB} MiB are available"
-        if freed:
-            room += memory.weights
+        room += freed * memory.weights
         if room < memory.weights:
             raise SwapError(
                 "RESOURCE_EXHAUSTED",
@@ -111,6 +115,15 @@ class Standby:
                 "engine.kvCacheMemoryFraction or raise resources.memory",
             )
 
+    def read(self, path: Path, sha256: str, stop: threading.Event) -> str:
+        """The SHA-256 of the weights of `path`. DATA_LOSS where it is not `sha256`, if given;
+        CANCELLED once `stop` is set."""
+        with _statuses(), stepped_back():
+            found = sha256_of(path, Pace(stop))
+            if sha256 and sha256 != found:
+                raise BrokenWeights(f"{path}: its SHA-256 is {found}, expected {sha256}")
+        return found
+
     def load(
         self,
         number: int,
@@ -118,25 +131,20 @@ class Standby:
         sha256: str,
         stop: threading.Event,
         progress: Callable[[float], None],
-    ) -> str:
-        """Reads and packs the weights of `path` as set `number`; returns their SHA-256.
+    ) -> None:
+        """Reads and packs the weights of `path`, of that SHA-256, as set `number`.
 
-        DATA_LOSS where that differs from `sha256` (if given), or a tensor holds values that are
-        not finite; FAILED_PRECONDITION for weights that cannot be used; CANCELLED once `stop` is
-        set.
+        DATA_LOSS where a tensor holds values that are not finite; FAILED_PRECONDITION for weights
+        that cannot be used; CANCELLED once `stop` is set.
         """
         with _statuses(), stepped_back(), torch.inference_mode():
             pace = Pace(stop)
-            found = sha256_of(path, pace)
-            if sha256 and sha256 != found:
-                raise BrokenWeights(f"{path}: its SHA-256 is {found}, expected {sha256}")
             checkpoint = open_checkpoint(path)
             source = PacedSource(checkpoint.source, pace, progress)
             backend = self._some.sibling(replace(checkpoint, source=source))
             checksums = fingerprint(backend.weights(), pace)
-        self._sets[number] = _Set(path, found, checksums)
+        self._sets[number] = _Set(path, sha256, checksums)
         self._host.adopt(number, backend)
-        return found
 
     def verify(self, number: int, stop: threading.Event, *, hurry: bool) -> str:
         """DATA_LOSS if a tensor of the set is not what was loaded; returns the weights' SHA-256,

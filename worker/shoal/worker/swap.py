@@ -1,9 +1,9 @@
 """A hot swap from request to last word: who is asked for what, in which order.
 
-    resolve -> examine -> make room -> load -> check -> swap
+    resolve -> examine -> read -> let go -> load -> check -> swap
 
-Everything up to the swap leaves what is served as it was; a swap that does not get there changes
-nothing, but that the revision before the active one may be gone, to make room. One at a time.
+Everything up to the swap leaves what is active as it was. Once the new files were read and found
+whole, the revision before the active one goes, to make room. One swap at a time.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PROGRESS_SECONDS = 0.25  # between two words about one phase, at least
+REPEAT_SECONDS = 5.0  # between two words at most, though nothing changed: the caller waits
 _DRAIN_SECONDS = 0.05  # between two looks at requests that run on weights to be freed
 _ENGINE_SECONDS = 60.0  # an engine that does not come to its next step within this hangs
 
@@ -62,7 +64,12 @@ class Weights(Protocol):
 
     def examine(self, path: Path) -> None: ...
 
-    def make_room(self, freed: bool) -> None: ...
+    @property
+    def numbers(self) -> frozenset[int]: ...
+
+    def make_room(self, freed: int) -> None: ...
+
+    def read(self, path: Path, sha256: str, stop: threading.Event) -> str: ...
 
     def load(
         self,
@@ -71,7 +78,7 @@ class Weights(Protocol):
         sha256: str,
         stop: threading.Event,
         progress: Callable[[float], None],
-    ) -> str: ...
+    ) -> None: ...
 
     def verify(self, number: int, stop: threading.Event, *, hurry: bool) -> str: ...
 
@@ -124,19 +131,25 @@ class Swapper:
         self._task = asyncio.create_task(run.perform(), name=f"swap to {request.revision}")
         # A call that was broken off leaves nobody to hear how it ended.
         self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
-        said = Progress()
+        said, said_at = Progress(), self.clock()
         try:
             while not self._task.done():
                 await asyncio.wait((self._task,), timeout=PROGRESS_SECONDS)
                 if self._task.done():
                     break
-                if said != run.progress:
-                    said.CopyFrom(run.progress)
-                    yield run.progress
+                progress, now = run.progress, self.clock()
+                if progress != said or now - said_at >= REPEAT_SECONDS:
+                    said, said_at = progress, now
+                    yield progress
             await self._task
             yield run.progress
         finally:
             run.stop.set()
+
+    @property
+    def revisions(self) -> tuple[str, ...]:
+        """Those in memory, the active one first."""
+        return self.engine.weights.revisions
 
     def next_number(self) -> int:
         self._numbers += 1
@@ -205,19 +218,18 @@ class _Run:
             words = f"{files.path}: {difference}; weights are swapped under one tokenizer only"
             raise SwapError("FAILED_PRECONDITION", words)
         await asyncio.to_thread(weights.examine, files.path)
-        active, previous = swapper.engine.weights.active, swapper.engine.weights.previous
-        weights.make_room(freed=previous is not None)
+        active = swapper.engine.weights.active
+        weights.make_room(freed=len(weights.numbers) - 1)
         await self._beside(lambda: weights.verify(active.number, self.stop, hurry=False))
+        sha256 = await self._beside(lambda: weights.read(files.path, request.sha256, self.stop))
         await self._between(lambda: weights.probe(active.number))
-        if previous is not None:
-            await self._let_go(previous)
+        await self._let_go(active)
         arrived = WeightSet(swapper.next_number(), request.revision)
-        sha256 = await self._beside(
-            lambda: weights.load(
-                arrived.number, files.path, request.sha256, self.stop, self._loaded
-            )
-        )
+        self.progress = Progress(phase=Progress.LOADING)
         try:
+            await self._beside(
+                lambda: weights.load(arrived.number, files.path, sha256, self.stop, self._loaded)
+            )
             await self._activate(arrived, _model(served, request, text))
         except Exception:
             await self._between(lambda: self._give_up(arrived))
@@ -232,9 +244,9 @@ class _Run:
         if self.stop.is_set():
             raise abandoned()
         self.progress = Progress(phase=Progress.SWAPPING)
+        self._served.expect(model)
         recompute = self._request.in_flight == engine_pb2.IN_FLIGHT_RECOMPUTE
         anew = await self._between(lambda: swapper.engine.activate(arrived, recompute=recompute))
-        self._served.activate(model)
         log.info(
             "revision %s is active; the engine paused for %.1f ms, sequences begun anew: %d",
             *(arrived.revision, 1e3 * self._pause, anew),
@@ -245,16 +257,21 @@ class _Run:
         if arrived.revision not in self._swapper.engine.weights.revisions:
             self._swapper.weights.discard(arrived.number)
 
-    async def _let_go(self, previous: WeightSet) -> None:
-        """Frees the revision before the active one, once its last request has ended."""
-        engine = self._swapper.engine
+    async def _let_go(self, active: WeightSet) -> None:
+        """Frees all weights but the active ones (those that a swap which was broken off had begun
+        to let go, too), each set once its last request has ended."""
+        engine, weights = self._swapper.engine, self._swapper.weights
+        others = weights.numbers - {active.number}
+        if not others:
+            return
+        self.progress = Progress(phase=Progress.DRAINING)
         await self._between(engine.weights.retire)
-        self._served.retire()
-        while await self._between(lambda: engine.running_on(previous.number)):
-            if self.stop.is_set():
-                raise abandoned()
-            await asyncio.sleep(_DRAIN_SECONDS)
-        await self._between(lambda: self._swapper.weights.discard(previous.number))
+        for number in sorted(others):
+            while await self._between(partial(engine.running_on, number)):
+                if self.stop.is_set():
+                    raise abandoned()
+                await asyncio.sleep(_DRAIN_SECONDS)
+            await self._between(partial(weights.discard, number))
 
     def _loaded(self, fraction: float) -> None:
         """In the loading thread."""

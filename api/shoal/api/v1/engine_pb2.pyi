@@ -749,6 +749,8 @@ class SwapProgress(message.Message):
         """checksums, and a known prompt's logits"""
         SWAPPING: SwapProgress._Phase.ValueType  # 3
         DONE: SwapProgress._Phase.ValueType  # 4
+        DRAINING: SwapProgress._Phase.ValueType  # 5
+        """requests on the weights before the active ones end first"""
 
     class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper): ...
     PHASE_UNSPECIFIED: SwapProgress.Phase.ValueType  # 0
@@ -758,6 +760,8 @@ class SwapProgress(message.Message):
     """checksums, and a known prompt's logits"""
     SWAPPING: SwapProgress.Phase.ValueType  # 3
     DONE: SwapProgress.Phase.ValueType  # 4
+    DRAINING: SwapProgress.Phase.ValueType  # 5
+    """requests on the weights before the active ones end first"""
 
     PHASE_FIELD_NUMBER: builtins.int
     FRACTION_FIELD_NUMBER: builtins.int

@@ -101,7 +101,8 @@ class EngineServicer:
         (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
         set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
         (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
-        DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
+        DONE what is active has not changed; the revision before it may be gone, since its weights make
+        room for those that come. A call that is broken off is over soon; until then others are ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

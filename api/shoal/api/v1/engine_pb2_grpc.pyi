@@ -50,7 +50,8 @@ class EngineStub:
     (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
     set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
     (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
-    DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
+    DONE what is active has not changed; the revision before it may be gone, since its weights make
+    room for those that come. A call that is broken off is over soon; until then others are ABORTED.
     """
 
 @_typing.type_check_only
@@ -75,7 +76,8 @@ class EngineAsyncStub(EngineStub):
     (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
     set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
     (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
-    DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
+    DONE what is active has not changed; the revision before it may be gone, since its weights make
+    room for those that come. A call that is broken off is over soon; until then others are ABORTED.
     """
 
 class EngineServicer(metaclass=_abc_1.ABCMeta):
@@ -127,7 +129,8 @@ class EngineServicer(metaclass=_abc_1.ABCMeta):
         (these weights can never be swapped in here), RESOURCE_EXHAUSTED (no memory for a second
         set), DATA_LOSS (a checksum or the known prompt says that the weights are broken), ABORTED
         (another swap is under way), NOT_FOUND and INVALID_ARGUMENT (the model cannot be had). Until
-        DONE nothing has changed; a call that is broken off before SWAPPING changes nothing.
+        DONE what is active has not changed; the revision before it may be gone, since its weights make
+        room for those that come. A call that is broken off is over soon; until then others are ABORTED.
         """
 
 def add_EngineServicer_to_server(servicer: EngineServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
