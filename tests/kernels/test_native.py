@@ -228,6 +228,16 @@ def test_taking_rows(team: Team) -> None:
     assert not found[Buffer.NORMED][3:].any()
 
 
+def test_a_step_of_more_rows_than_the_buffers_have_is_refused(team: Team) -> None:
+    """Memory beyond a buffer is never written: the step fails, and says how many rows there are."""
+    program = Program(geometry(), turns(32))
+    program.norm(torch.rand(HIDDEN), 1e-5)
+    none = np.zeros(0, np.int64)
+    alone = FlatBatch(np.zeros(9, np.int64), none, none, none, none, np.zeros((0, 1), np.int64))
+    with pytest.raises(ValueError, match="a step of 9 rows, but its buffers have room for 8"):
+        program.run(team, alone, NOBODY, buffers(8, geometry()))
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"head_dim": 24}, "head size 24"), ({"block_size": 8}, "block size 8")],

@@ -159,6 +159,25 @@ def test_prompt_logprobs_are_those_of_transformers(
     assert after.prompt_logprobs == ()
 
 
+def test_a_step_asks_for_no_more_rows_than_it_has_tokens(
+    executor: InProcessExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that want logprobs and do not end in the step want their last row twice; buffers of
+    a backend have room for the step's tokens and no more."""
+    params = SamplingParams(temperature=0.0, prompt_logprobs=0)
+    forward, asked = executor.backend(0).forward, []
+    monkeypatch.setattr(
+        executor.backend(0),
+        "forward",
+        lambda batch, rows: asked.append((batch.num_tokens, len(rows))) or forward(batch, rows),
+    )
+    starting = [init(slot, prompt(slot, 40), params) for slot in range(2)]
+    rows = [Row(slot, 0, 20, sample=False) for slot in range(2)]
+    result = executor.execute(StepPlan(0, tuple(starting), (), tuple(rows)))
+    assert [len(part.entries) for part in result.prompt_logprobs] == [20, 20]
+    assert asked == [(40, 40)]
+
+
 def test_the_last_position_of_a_full_sequence(executor: InProcessExecutor) -> None:
     """The token drawn at max_model_len has room; nothing is overwritten beyond."""
     known = prompt(6, 511)

@@ -284,8 +284,13 @@ class Program:
 
         batch: what EMBED, ROPE_STORE and ATTEND work on; of a program without them only the
         number of tokens counts. wanted: flat rows that `take` keeps. buffers: by `Buffer`, each
-        with room for the step's rows. seconds [operations]: what each takes is added to it.
+        with room for the step's rows, or empty where no operation uses it. seconds [operations]:
+        what each takes is added to it. Raises ValueError where a buffer is too small.
         """
+        rows = max(batch.num_tokens, len(wanted))
+        if any(0 < len(buffer) < rows for buffer in buffers):
+            room = min(len(buffer) for buffer in buffers if len(buffer))
+            raise ValueError(f"a step of {rows} rows, but its buffers have room for {room}")
         if self._recorded is None:
             self._recorded = (_Op * len(self._ops))(*self._ops)
         arrays = [

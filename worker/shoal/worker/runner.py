@@ -165,7 +165,9 @@ class InProcessExecutor(SerialExecutor):
         asked = [(row, int(end)) for row, end in zip(rows, last, strict=True)]
         asked = [(row, end) for row, end in asked if row.slot in self._prompt_logprobs]
         wanted = [last, *(self._prompt_rows(row, end) for row, end in asked)]
-        hidden = backend.forward(batch, np.concatenate(wanted))
+        # Each row once: no step has more rows than tokens, which is what buffers are made for.
+        distinct, places = np.unique(np.concatenate(wanted), return_inverse=True)
+        hidden = backend.forward(batch, distinct)[torch.from_numpy(places)]
         self._note_overflow(hidden[: len(rows)], slots)
         bounds = np.cumsum([len(part) for part in wanted]).tolist()
         prompts = [
@@ -252,7 +254,8 @@ def create_executor(
     )
     progress("kv", clock() - started)
     started = clock()
-    executor.warm_up(min(_WARM_UP_TOKENS, max_model_len - 1), clock)
+    tokens = min(_WARM_UP_TOKENS, max_model_len - 1, config.max_batched_tokens)
+    executor.warm_up(tokens, clock)
     if standby:
         executor.standby = Standby(executor, path, memory, config.memory_limit_bytes)
     progress("warm-up", clock() - started)

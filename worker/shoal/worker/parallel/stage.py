@@ -252,7 +252,9 @@ class StageExecutor(InProcessExecutor):
         )
         self.place = part.share.place
         self.timings = backend.exchange.timings
-        self.warm_up_tokens = min(_WARM_UP_TOKENS, part.max_model_len - 1)
+        self.warm_up_tokens = min(
+            _WARM_UP_TOKENS, part.max_model_len - 1, part.config.max_batched_tokens
+        )
         self._stage = backend
 
     def digest(self) -> int:
