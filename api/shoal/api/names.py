@@ -33,6 +33,8 @@ ANNOTATION_DRAIN_STARTED: Final = f"{GROUP}/drain-started"
 ANNOTATION_SERVES: Final = f"{GROUP}/serves"
 # `<revision>:<step>` on a service: the last step of a canary that a person lets pass.
 ANNOTATION_PROMOTE: Final = f"{GROUP}/promote"
+# Digest of the spec that the operator applied: what it leaves out later has to go.
+ANNOTATION_APPLIED: Final = f"{GROUP}/applied"
 ROUTES_KEY: Final = "routes.json"  # of a routes ConfigMap's data
 
 ROLE_LEADER: Final = "leader"

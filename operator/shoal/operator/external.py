@@ -7,6 +7,8 @@ and all of them while a request waits or a router is silent, since an empty queu
 is enough, not that there is too much.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -89,8 +91,13 @@ def autoscaler(service: InferenceService, scaler_address: str = "") -> dict[str,
     if spec is None or spec.driver is ScalingDriver.INTERNAL:
         return None
     if spec.driver is ScalingDriver.KEDA:
-        return _scaled_object(service, spec, scaler_address)
-    return _horizontal_pod_autoscaler(service, spec)
+        made = _scaled_object(service, spec, scaler_address)
+    else:
+        made = _horizontal_pod_autoscaler(service, spec)
+    text = json.dumps(made["spec"], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    made["metadata"]["annotations"] = {names.ANNOTATION_APPLIED: digest}
+    return made
 
 
 def _filled(service: InferenceService, load: Load) -> int:

@@ -27,6 +27,7 @@ from shoal.operator.kube.kinds import AUTOSCALERS, CONFIG_MAPS, INFERENCE_SERVIC
 from shoal.operator.kube.loadwatch import LoadWatch
 from shoal.operator.observe import RouterView
 from shoal.operator.platform import Platform
+from shoal.operator.scaler import LOOK_SECONDS
 from tests.operator.kube.fake_api import BUILT_IN, FakeApi, Json, inference_service, serving
 from tests.operator.kube.running import condition, operating, pods_become_ready, quiet, until
 from tests.operator.kube.test_router_fleet import Routers
@@ -351,6 +352,37 @@ def test_an_autoscaler_comes_and_goes_with_its_driver() -> None:
                 changed = {**live, "spec": {**live["spec"], "autoscaling": {"maxReplicas": 4}}}
                 api.put(INFERENCE_SERVICES, changed)
                 await until(lambda: api.names(AUTOSCALERS) == [])
+
+    asyncio.run(main())
+
+
+def test_an_autoscaler_is_written_once_and_again_when_its_spec_changes() -> None:
+    """Looks that find nothing new write nothing; what the spec leaves out goes from the object."""
+    scaling = {
+        "driver": "hpa",
+        "maxReplicas": 4,
+        "metrics": [{"type": "QueueDepth", "target": 4}, {"type": "Running", "target": 2}],
+        "behavior": {"scaleDown": {"tolerance": 0.3}},
+    }
+
+    async def main() -> None:
+        async with serving(FakeApi(kinds=(*BUILT_IN, AUTOSCALERS))) as api:
+            pods_become_ready(api)
+            api.put(INFERENCE_SERVICES, inference_service(autoscaling=scaling))
+            platform = Platform(drivers=frozenset({ScalingDriver.INTERNAL, ScalingDriver.HPA}))
+            async with operating(api, platform=platform):
+                await until(lambda: api.names(AUTOSCALERS) == ["chat"])
+                await quiet(api)
+                writes = len(api.writes)
+                await asyncio.sleep(2 * LOOK_SECONDS + 0.5)
+                assert api.writes[writes:] == []
+                live = api.get(INFERENCE_SERVICES, "default", "chat")
+                fewer = {**scaling, "behavior": {}}
+                api.put(
+                    INFERENCE_SERVICES, {**live, "spec": {**live["spec"], "autoscaling": fewer}}
+                )
+                await until(lambda: len(api.writes) > writes)
+                assert any("horizontalpodautoscalers" in path for _, path in api.writes[writes:])
 
     asyncio.run(main())
 

@@ -67,3 +67,12 @@ def test_the_same_in_another_spelling(desired: Any, live: Any) -> None:
 def test_what_differs(desired: Any, live: Any) -> None:
     """A value that is another, or is not there, has to be written."""
     assert not is_subset(desired, live)
+
+
+def test_items_of_one_type_are_compared_in_order() -> None:
+    """A key that does not tell them apart is none: each metric of an autoscaler is External."""
+    both = [{"type": "External", "target": 1}, {"type": "External", "target": 2}]
+    assert is_subset({"metrics": both}, {"metrics": both})
+    assert not is_subset({"metrics": both}, {"metrics": both[::-1]})
+    assert not is_subset({"metrics": both[:1] * 2}, {"metrics": both})
+    assert not is_subset({"metrics": both}, {"metrics": [*both, both[0]]})

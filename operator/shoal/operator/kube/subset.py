@@ -54,9 +54,14 @@ def _lists_match(desired: Sequence[Any], live: Any, *, quantities: bool) -> bool
 
 
 def _merge_key(items: Sequence[Any]) -> str | None:
+    """What tells the items apart; None for a list that is compared as a whole, in order."""
     if not items or not all(isinstance(item, Mapping) for item in items):
         return None
-    return next((key for key in _MERGE_KEYS if all(key in item for item in items)), None)
+    for key in _MERGE_KEYS:
+        values = [item.get(key) for item in items]
+        if None not in values and all(values.count(value) == 1 for value in values):
+            return key
+    return None
 
 
 def _quantity(value: Any) -> Decimal | None:
