@@ -22,7 +22,7 @@ spec:
 BODY = {
     "model": "pair",
     "prompt": "Fish live in",
-    "max_tokens": 200,
+    "max_tokens": 48,
     "temperature": 0,
     "stream": True,
 }
