@@ -43,6 +43,20 @@ def meeting(name: str, members: int, me: int, seconds: float = 30.0) -> Meeting:
     return Meeting(segment, members, me, SLOT, seconds)
 
 
+def test_no_name_is_left_of_memory_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that is too small: a group that begins again and again must not fill it."""
+
+    def full(handle: int, offset: int, size: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        Segment("shoal-full", 100, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("members", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_are_those_of_torch_and_the_same_for_all(

@@ -10,7 +10,7 @@ from shoal.worker.executor import DeviceLost
 from shoal.worker.loop import EngineLoop
 from shoal.worker.request import ErrorCode, FinishReason, InvalidRequest, SequenceKey
 from shoal.worker.sequence import mix
-from shoal.worker.step import StepPlan
+from shoal.worker.step import StepPlan, StepResult
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -431,6 +431,21 @@ def test_a_device_that_says_it_is_gone_ends_the_engine_at_once(kv: ModuleType) -
     assert {delta.code for delta in client.last.values()} == {ErrorCode.INTERNAL}
     with pytest.raises(EngineDead, match="rank 2"):
         engine.step()
+
+
+def test_an_answer_that_fits_no_plan_ends_the_engine_while_others_are_due(
+    kv: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers that are on the way would be taken for those of later plans."""
+    engine, model = kv.build(depth=2)
+    client = kv.Client(engine)
+    for number in range(12):
+        engine.add(kv.request(f"{number}", prompt(9, number), 20))
+    client.step()
+    monkeypatch.setattr(model, "collect", lambda: StepResult(()))
+    client.step()
+    assert "does not fit its plan" in (engine.dead or "")
+    assert set(client.finish.values()) == {FinishReason.ERROR} and len(client.finish) == 12
 
 
 def test_a_device_that_is_gone_while_nobody_asks_is_known(kv: ModuleType) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from bench.parallel import random_checkpoint
 from shoal.worker.executor import DeviceLost
-from shoal.worker.parallel.driver import GroupExecutor
+from shoal.worker.parallel.driver import GroupExecutor, sweep
 from shoal.worker.parallel.invitation import Order
 from shoal.worker.parallel.local import LocalLauncher
 from shoal.worker.request import SamplingParams
@@ -114,3 +114,34 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def test_nothing_is_left_of_a_rank_that_is_killed_while_it_loads(
+    groups: ModuleType, tmp_path: Path
+) -> None:
+    """Names of shared memory are gone before weights are loaded, so no end of a rank leaves any."""
+    path = random_checkpoint(tmp_path)
+    before = set(Path("/dev/shm").iterdir())
+    launcher = LocalLauncher(2)
+    named: list[set[Path]] = []
+
+    def kill(phase: str, seconds: float) -> None:
+        if phase == "load":
+            named.append(set(Path("/dev/shm").iterdir()) - before)
+            os.kill(launcher.pids[1], signal.SIGKILL)
+
+    order = Order(str(path), str(path), None, None, groups.settings())
+    with pytest.raises(DeviceLost, match="rank 1"):
+        GroupExecutor(order, 2, 1, launcher, kill)
+    assert named == [set()]
+    assert set(Path("/dev/shm").iterdir()) <= before
+    assert not any(map(psutil.pid_exists, launcher.pids))
+
+
+def test_a_driver_sweeps_the_names_of_its_group_only(tmp_path: Path) -> None:
+    """What a rank left that was killed before all had opened it."""
+    for name in ("shoal-a-s0", "shoal-a-r1", "shoal-b-s0"):
+        (tmp_path / name).touch()
+    sweep("shoal-a", tmp_path)
+    sweep("shoal-a", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["shoal-b-s0"]

@@ -34,13 +34,17 @@ class Segment:
     """Zeroed memory of `size` bytes under a name that all members know."""
 
     def __init__(self, name: str, size: int, folder: Path = FOLDER) -> None:
-        """Maps the file, made by whoever comes first. Raises OSError where the folder does not
-        hold that much: the size of a container's /dev/shm is a setting of its own."""
+        """Maps the file, made by whoever comes first. Raises OSError, and takes the name away,
+        where the folder does not hold that much: the size of a container's /dev/shm is a setting
+        of its own."""
         self.path = folder / name
         handle = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(handle, 0, size)
             self._map = mmap.mmap(handle, size)
+        except BaseException:
+            self.unlink()
+            raise
         finally:
             os.close(handle)
         self.bytes = torch.from_numpy(np.frombuffer(self._map, np.uint8))

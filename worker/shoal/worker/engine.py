@@ -259,8 +259,14 @@ class Engine:
                 return self._failed(error)
         try:
             result = self._executor.collect()
+        except Exception as error:
+            return self._failed(error)
+        try:
             scheduler.check_result(result)
         except Exception as error:
+            if len(self._flights) > 1:
+                # Their answers are on the way, and would be taken for those of later plans.
+                return self._failed(DeviceLost(f"an answer does not fit its plan: {error}"))
             return self._failed(error)
         flight = self._flights.popleft()
         # A step that was submitted while another was computed began when that one was over.

@@ -4,14 +4,16 @@
     rank   -> driver  32 bytes: the rank's nonce; 32: HMAC-SHA256(key, "rank" + both nonces)
     driver -> rank    32 bytes: HMAC-SHA256(key, "driver" + both nonces)
 
-What follows on the connection is neither signed nor encrypted: the group's network is its own
-(a NetworkPolicy closes it), the key keeps strangers and ranks of other groups out.
+What follows on the connection is neither signed nor encrypted: the key keeps strangers and ranks of
+other groups from connecting, not who can read or change packets of the group's network. Connections
+of torch.distributed, between ranks, are not made here and have no handshake.
 """
 
 import hashlib
 import hmac
 import os
 import socket
+import time
 from typing import Final
 
 HANDSHAKE_SECONDS: Final = 5.0
@@ -29,8 +31,8 @@ def new_key() -> bytes:
 
 
 def admit(connection: socket.socket, key: bytes) -> None:
-    """The driver's part, on a connection just accepted. Raises AuthError; the timeout of the
-    connection is as before."""
+    """The driver's part, on a connection just accepted. Raises AuthError, after HANDSHAKE_SECONDS
+    in all at the latest; the timeout of the connection is as before."""
     _exchange(connection, key, driver=True)
 
 
@@ -42,17 +44,19 @@ def introduce(connection: socket.socket, key: bytes) -> None:
 def _exchange(connection: socket.socket, key: bytes, *, driver: bool) -> None:
     before = connection.gettimeout()
     connection.settimeout(HANDSHAKE_SECONDS)
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
     try:
         mine = os.urandom(_NONCE)
         if driver:
             connection.sendall(mine)
-            theirs, proof = _receive(connection, _NONCE), _receive(connection, _PROOF)
+            theirs = _receive(connection, _NONCE, deadline)
+            proof = _receive(connection, _PROOF, deadline)
             _check(proof, _proof(key, b"rank", mine, theirs))
             connection.sendall(_proof(key, b"driver", mine, theirs))
         else:
-            theirs = _receive(connection, _NONCE)
+            theirs = _receive(connection, _NONCE, deadline)
             connection.sendall(mine + _proof(key, b"rank", theirs, mine))
-            _check(_receive(connection, _PROOF), _proof(key, b"driver", theirs, mine))
+            _check(_receive(connection, _PROOF, deadline), _proof(key, b"driver", theirs, mine))
     except OSError as error:
         if isinstance(error, AuthError):
             raise
@@ -70,9 +74,14 @@ def _check(given: bytes, expected: bytes) -> None:
         raise AuthError("the other end does not hold this group's key")
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
+def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
+        # Of all parts together: who sends a byte now and then does not prolong it.
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise AuthError(f"the handshake took longer than {HANDSHAKE_SECONDS:g} s")
+        connection.settimeout(left)
         part = connection.recv(size - len(data))
         if not part:
             raise AuthError("the other end hung up during the handshake")

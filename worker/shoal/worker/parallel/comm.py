@@ -1,8 +1,7 @@
 """How the ranks of a group exchange tensors.
 
 Ranks of one node go through memory that they share (`shoal.kernels.shared`); ranks of several
-nodes, and those of a machine where that library is not, through torch.distributed: gloo between
-CPUs, NCCL between devices.
+nodes, and those of a machine where that library is not, through torch.distributed and gloo.
 """
 
 from collections.abc import Sequence
@@ -154,16 +153,28 @@ class Comm:
             segment.unlink()
 
 
-def connect(
-    peers: Peers, rank: int, store: TCPStore | None, widest_row: int, device: str = "cpu"
-) -> Comm:
+def connect(peers: Peers, rank: int, store: TCPStore | None, widest_row: int) -> Comm:
     """Opens what `rank` needs; all ranks call it. `store` where the group is `apart`;
-    `widest_row`: bytes of a lane's logits of one token."""
+    `widest_row`: bytes of a lane's logits of one token. Raises OSError where memory to share is
+    short, and leaves no name of it then."""
+    segments: list[Segment] = []
+    try:
+        return _connect(peers, rank, store, widest_row, segments)
+    except BaseException:
+        for segment in segments:
+            segment.unlink()
+        raise
+
+
+def _connect(
+    peers: Peers, rank: int, store: TCPStore | None, widest_row: int, segments: list[Segment]
+) -> Comm:
+    """`segments`: where those go that are opened."""
     place = Place.of(rank, peers.tensor, peers.pipeline)
     groups: list[dist.ProcessGroup] = []
     if store is not None:
         dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
+            "gloo",
             store=store,
             rank=rank,
             world_size=len(peers.nodes),
@@ -173,7 +184,6 @@ def connect(
             cast(dist.ProcessGroup, dist.new_group(peers.stage(stage)))
             for stage in range(peers.pipeline)
         ]
-    segments: list[Segment] = []
 
     def segment(name: str, size: int) -> Segment:
         segments.append(Segment(f"{peers.segments}-{name}", size))

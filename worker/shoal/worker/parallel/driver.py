@@ -1,7 +1,7 @@
 """An executor whose model is computed by a group of ranks, each a process of its own.
 
     start ranks -> all join -> all have opened the model -> KV blocks of the smallest -> all have
-    loaded -> warm up -> serve
+    opened what they share -> all have loaded -> warm up -> serve
 
 Every wait ends when the group does: at the first rank that leaves, fails or falls silent (see
 `pulse`), or that whoever runs the ranks saw end. Nothing of a group is used again after that.
@@ -14,14 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final, Protocol
 
 import msgpack
 
 from shoal.worker.executor import DeviceLost, ModelInfo
 from shoal.worker.logs import event
-from shoal.worker.parallel.auth import AuthError, admit, new_key
-from shoal.worker.parallel.channel import Channel, ChannelClosed
+from shoal.worker.parallel.auth import admit, new_key
+from shoal.worker.parallel.channel import Channel
 from shoal.worker.parallel.invitation import Invitation, Order
 from shoal.worker.parallel.messages import (
     Relay,
@@ -37,10 +39,13 @@ from shoal.worker.step import StepPlan, StepResult
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS: Final = 0.25
+_ACCEPT_SECONDS: Final = 0.02  # between two looks at the ranks that were greeted
+_FIRST_FRAME_SECONDS: Final = 10.0  # of a rank that has shown the key: it is sent at once
 _BRING_UP_SECONDS: Final = 3600.0  # of one phase; a rank that is silent ends it much sooner
 _STEP_SECONDS: Final = 600.0  # until a step is answered, by ranks that are not silent
 _BLAME_SECONDS: Final = 3.0  # until the pulse says who is gone, once a connection has ended
 _PROGRESS_SECONDS: Final = 1.0  # between two lines about one rank's phase
+_SHARED_MEMORY: Final = Path("/dev/shm")
 
 
 class Launcher(Protocol):
@@ -90,6 +95,7 @@ class GroupExecutor:
         self._lost: str | None = None
         self._over = threading.Event()
         self._channels: dict[int, Channel] = {}
+        self._segments = f"shoal-{secrets.token_hex(8)}"
         self._answers = (pipeline - 1) * tensor
         self._shown: dict[int, tuple[str, float]] = {}
         key = new_key()
@@ -122,13 +128,20 @@ class GroupExecutor:
 
     def collect(self) -> StepResult:
         try:
-            result = unpack_result(self._channels[self._answers].receive(_STEP_SECONDS))
+            answer = self._channels[self._answers].receive(_STEP_SECONDS)
         except OSError as error:
             raise DeviceLost(self._blame(error)) from error
-        if isinstance(result, StepFailed):
-            # It may be what a rank says of a peer that is gone.
-            raise DeviceLost(self._blame(f"rank {self._answers} says {result.error}"))
-        self._relay.collected(result)
+        try:
+            result = unpack_result(answer)
+            if isinstance(result, StepFailed):
+                # It may be what a rank says of a peer that is gone.
+                raise DeviceLost(self._blame(f"rank {self._answers} says {result.error}"))
+            self._relay.collected(result)
+        except (ValueError, TypeError) as error:
+            # Answers of the plans that are still under way would be taken for those of later ones.
+            why = f"the answer of rank {self._answers} does not fit its plan: {error}"
+            self._lose(why)
+            raise DeviceLost(self._lost or why) from error
         return result
 
     def timings(self) -> dict[int, dict[str, float]]:
@@ -148,6 +161,7 @@ class GroupExecutor:
             channel.close()
         self._listener.close()
         self._launcher.stop()
+        sweep(self._segments)
 
     def _bring_up(
         self,
@@ -171,7 +185,7 @@ class GroupExecutor:
         if (why := mismatch(self._watch.wait_joined())) is not None:
             raise ValueError(why)
         started = self._over_with("join", started, progress)
-        self._tell({"nodes": nodes, "segments": f"shoal-{secrets.token_hex(8)}"})
+        self._tell({"nodes": nodes, "segments": self._segments})
         opened = {rank: self._ask(rank) for rank in range(world)}
         self._compare(opened)
         info = opened[0]["info"]
@@ -179,6 +193,9 @@ class GroupExecutor:
         self.num_blocks = min(said["blocks"] for said in opened.values())
         native = all(said["native"] for said in opened.values())
         self._tell({"blocks": self.num_blocks, "native": native, "port": opened[0]["port"]})
+        for rank in range(world):
+            self._ask(rank)
+        self._tell({"open": True})
         loaded = {rank: self._ask(rank) for rank in range(world)}
         for rank, said in loaded.items():
             event(log, "rank loaded", rank=rank, node=nodes[rank], **said)
@@ -191,23 +208,25 @@ class GroupExecutor:
     def _welcome(self, world: int, key: bytes) -> list[str]:
         """Takes the ranks' connections for plans; returns their nodes."""
         nodes: dict[int, str] = {}
-        self._listener.settimeout(_POLL_SECONDS)
+        greeted: SimpleQueue[tuple[int, str, Channel]] = SimpleQueue()
+        self._listener.settimeout(_ACCEPT_SECONDS)
         while len(nodes) < world:
+            with suppress(TimeoutError):
+                connection, _ = self._listener.accept()
+                # In a thread of its own: a stranger that stays silent holds up nobody.
+                threading.Thread(
+                    target=_greet, args=(connection, key, greeted), name="greeting", daemon=True
+                ).start()
+            while not greeted.empty():
+                rank, node, channel = greeted.get()
+                if rank in nodes or rank not in range(world):
+                    channel.close()
+                    continue
+                nodes[rank] = node
+                self._channels[rank] = channel
+            # Looked at after: `_lose` closes the channels that were there when it set it.
             if (loss := self._lost) is not None:
                 raise DeviceLost(loss)
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                continue
-            try:
-                admit(connection, key)
-                channel = Channel(connection)
-                said = msgpack.unpackb(channel.receive(_BRING_UP_SECONDS))
-            except (AuthError, ChannelClosed):
-                connection.close()
-                continue
-            nodes[said["rank"]] = said["node"]
-            self._channels[said["rank"]] = channel
         self._channels = dict(sorted(self._channels.items()))
         return [nodes[rank] for rank in range(world)]
 
@@ -286,3 +305,24 @@ class GroupExecutor:
         if share is not None:
             fields["fraction"] = round(share, 2)
         event(log, "rank progress", **fields)
+
+
+def sweep(segments: str, folder: Path = _SHARED_MEMORY) -> None:
+    """Takes away the names of shared memory that begin so: those that ranks of this host left
+    who were killed before they had all opened them."""
+    for path in folder.glob(f"{segments}-*"):
+        path.unlink(missing_ok=True)
+
+
+def _greet(
+    connection: socket.socket, key: bytes, greeted: SimpleQueue[tuple[int, str, Channel]]
+) -> None:
+    """Takes a rank's first frame, or hangs up on whoever does not speak as one."""
+    try:
+        connection.settimeout(None)
+        admit(connection, key)
+        channel = Channel(connection)
+        said = msgpack.unpackb(channel.receive(_FIRST_FRAME_SECONDS))
+        greeted.put((said["rank"], said["node"], channel))
+    except (OSError, ValueError, KeyError, TypeError):
+        connection.close()

@@ -5,6 +5,8 @@
     rank   {digest, blocks, native, info, port}
                                         the model is opened; rank 0 names its store's port
     driver {blocks, native, port}       KV blocks of the smallest; whether all run step programs
+    rank   {open}                       ways to the others are open
+    driver {open}                       all ranks' are: names of shared memory go
     rank   {backend, bytes, seconds}    weights are loaded
     driver {go}
     rank   {rate}                       warmed up, in prompt tokens a second; serves from here

@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from shoal.worker.parallel.auth import introduce
 from shoal.worker.parallel.channel import Channel, ChannelClosed
-from shoal.worker.parallel.comm import Comm, Peers, connect, disconnect
+from shoal.worker.parallel.comm import Peers, connect, disconnect
 from shoal.worker.parallel.invitation import Invitation
 from shoal.worker.parallel.messages import StepFailed, pack_result, unpack_plan
 from shoal.worker.parallel.native_stage import NativeStage
@@ -88,7 +88,7 @@ class _Rank:
                 self._invitation.pipeline,
                 joined["segments"],
             )
-            executor, comm = self._prepare(peers)
+            executor = self._prepare(peers)
         except ChannelClosed:
             raise
         except (ValueError, OSError, MemoryError, SourceError) as error:
@@ -98,17 +98,15 @@ class _Rank:
             return
         try:
             self._hear()
-            comm.unlink()  # everybody has opened theirs
             executor.warm_up(executor.warm_up_tokens, self._clock)
             self._say({"rate": executor.warm_up_rate})
             self._pulse.say(SERVING)
             self._serve(executor)
         finally:
-            comm.unlink()
             executor.close()
 
-    def _prepare(self, peers: Peers) -> tuple[StageExecutor, Comm]:
-        """Opens the model, agrees on the number of KV blocks, and loads."""
+    def _prepare(self, peers: Peers) -> StageExecutor:
+        """Opens the model, agrees on the number of KV blocks, meets the others, and loads."""
         invitation, rank = self._invitation, self._rank
         neighbours = peers.nodes.count(peers.nodes[rank])
         part = open_part(invitation, rank, neighbours, self._progress)
@@ -131,19 +129,19 @@ class _Rank:
             )
         comm = connect(peers, rank, store, 4 * part.share.vocab.size)
         try:
-            started = self._clock()
-            whole = part.whole
-            exchange = Exchange(part.share, comm, whole.hidden_size, whole.vocab_size, self._clock)
-            stage = NativeStage if agreed["native"] else TorchStage
-            backend = stage(part, exchange, agreed["blocks"])
-            seconds = round(self._clock() - started, 3)
-            self._say(
-                {"backend": backend.name, "bytes": part.source.bytes_read, "seconds": seconds}
-            )
-        except BaseException:
+            self._say({"open": True})
+            self._hear()
+        finally:
+            # All have opened theirs, or nobody computes: nothing is left if a rank is killed now.
             comm.unlink()
-            raise
-        return StageExecutor(backend, part, agreed["blocks"]), comm
+        started = self._clock()
+        whole = part.whole
+        exchange = Exchange(part.share, comm, whole.hidden_size, whole.vocab_size, self._clock)
+        stage = NativeStage if agreed["native"] else TorchStage
+        backend = stage(part, exchange, agreed["blocks"])
+        seconds = round(self._clock() - started, 3)
+        self._say({"backend": backend.name, "bytes": part.source.bytes_read, "seconds": seconds})
+        return StageExecutor(backend, part, agreed["blocks"])
 
     def _serve(self, executor: StageExecutor) -> None:
         answers = executor.place.answers
