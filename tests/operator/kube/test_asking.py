@@ -59,30 +59,31 @@ def test_a_router_counts_a_moment_after_it_is_ready() -> None:
     router = router.found(True, 13.0).found(False, 20.0).found(True, 25.0)
     assert router.counts_from == 13.0
     assert not router.counts(14.0, PACE), "it has not answered yet"
-    router = router.heard(Question(), {})
+    router = router.heard(Question(), {}, 0.0)
     assert not router.counts(12.9, PACE)
     assert router.counts(13.0, PACE)
 
 
 def test_a_silent_router_is_left_out_until_it_answers() -> None:
     """Silence begins with the first question that had no answer; a ready one is then mute."""
-    router = Hearing().found(True, 0.0).heard(Question(), {})
+    router = Hearing().found(True, 0.0).heard(Question(), {}, 0.0)
     silent = router.unheard(50.0).unheard(52.0)
     assert silent.counts(50.0 + PACE.silence - 0.1, PACE)
     assert not silent.mute(50.0 + PACE.silence - 0.1, PACE)
     assert not silent.counts(50.0 + PACE.silence, PACE)
     assert silent.mute(50.0 + PACE.silence, PACE)
     assert not silent.found(False, 60.0).mute(60.0, PACE), "it takes no requests"
-    assert silent.heard(Question(), {}).counts(60.0, PACE)
+    assert silent.heard(Question(), {}, 0.0).counts(60.0, PACE)
 
 
 def test_an_answer_about_some_leaves_the_others_as_they_were() -> None:
     """And an answer about all forgets who is not in it."""
-    router = Hearing().heard(Question(), {CHAT: view(1), OTHER: view(1)})
-    router = router.heard(Question((CHAT,)), {CHAT: view(2)})
+    router = Hearing().heard(Question(), {CHAT: view(1), OTHER: view(1)}, 10.0)
+    router = router.heard(Question((CHAT,)), {CHAT: view(2)}, 12.0)
     assert {name: found.generation for name, found in router.views.items()} == {CHAT: 2, OTHER: 1}
-    assert CHAT not in router.heard(Question((CHAT,)), {}).views
-    assert router.heard(Question(), {}).views == {}
+    assert router.asked_all == 10.0, "nobody asked about all since"
+    assert CHAT not in router.heard(Question((CHAT,)), {}, 13.0).views
+    assert router.heard(Question(), {}, 0.0).views == {}
 
 
 def test_requests_that_come_and_go_are_news_only_while_routers_are_waited_for() -> None:
@@ -116,8 +117,8 @@ def test_news_are_of_what_was_asked(
     said = {
         n: found for n, found in said.items() if not question.services or n in question.services
     }
-    first = Hearing().heard(Question(), before)
-    second = first.heard(question, said)
+    first = Hearing().heard(Question(), before, 1.0)
+    second = first.heard(question, said, 2.0)
     told = set(news(BUSY, question, first, second))
     assert told <= set(question.services or (CHAT, OTHER))
     assert all(first.views.get(name) != second.views.get(name) for name in told)
@@ -126,7 +127,7 @@ def test_news_are_of_what_was_asked(
 def test_a_silent_router_is_waited_for_a_minute() -> None:
     """It is mute from when it has not answered for a while until it is forgotten; an answer makes
     it count again."""
-    found = Hearing().found(True, 100.0).heard(Question(), {})
+    found = Hearing().found(True, 100.0).heard(Question(), {}, 0.0)
     assert not found.mute(101.0, PACE)
     silent = found.unheard(110.0).unheard(112.0)
     assert not silent.mute(114.0, PACE)
@@ -134,7 +135,7 @@ def test_a_silent_router_is_waited_for_a_minute() -> None:
     assert silent.mute(169.0, PACE)
     assert not silent.mute(171.0, PACE)
     assert not silent.counts(171.0, PACE)
-    assert silent.heard(Question(), {}).counts(172.0, PACE)
+    assert silent.heard(Question(), {}, 0.0).counts(172.0, PACE)
 
 
 def test_a_router_that_never_answered_is_forgotten_too() -> None:

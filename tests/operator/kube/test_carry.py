@@ -5,12 +5,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from shoal.api.types import InferenceService
-from shoal.operator.actions import Action, DrainPod, ForgetRevision
+from shoal.operator.actions import Action, CreatePod, DrainPod, ForgetRevision
+from shoal.operator.build import build_group
 from shoal.operator.kube.applier import NotYet, Refused
 from shoal.operator.kube.carry import carry_out
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.outcome import Outcome
-from tests.operator.conftest import make_service
+from shoal.operator.revision import Revision
+from tests.operator.conftest import CREATED, make_service
 
 AWAY = ApiError(0, "Unreachable", "away")
 CHILDREN = ({"kind": "Service"}, {"kind": "PodMonitor"})
@@ -25,6 +27,9 @@ class Recorder:
 
     async def adopt(self, service: InferenceService) -> bool:
         return False
+
+    async def ensure_group_token(self, service: InferenceService) -> None:
+        self._do("token")
 
     async def perform(self, service: InferenceService, action: Action) -> None:
         self._do(type(action).__name__)
@@ -42,14 +47,14 @@ class Recorder:
         self.did.append(name)
 
 
-def carry(applier: Recorder, *actions: Action) -> Outcome:
+def carry(applier: Recorder, *actions: Action, groups: bool = False) -> Outcome:
     return asyncio.run(
         carry_out(
             applier,  # type: ignore[arg-type]  # a fake
             make_service(),
             actions,
             CHILDREN,
-            group_token=False,
+            group_token=groups,
         )
     )
 
@@ -89,3 +94,18 @@ def test_what_has_to_end_first_says_when_to_look_again() -> None:
     """It is no failure, and no refusal."""
     applier = Recorder(DrainPod=NotYet("it ends", 0.5))
     assert carry(applier, DrainPod("p")) == Outcome(again=0.5)
+
+
+def test_the_token_of_a_group_is_there_before_its_pods() -> None:
+    """It is looked for each time, as somebody may have deleted it; without it no pod is made."""
+    service = make_service(parallelism={"tensor": 2})
+    pods = build_group(service, Revision("a" * 10, CREATED, service.spec), 0)
+    made = [CreatePod(pod) for pod in pods]
+    applier = Recorder()
+    carry(applier, DrainPod("p"), groups=True)
+    carry(applier, *made, groups=True)
+    carry(applier, *made, groups=True)
+    assert applier.did == ["DrainPod", *(["token", "CreatePod", "CreatePod"] * 2)]
+    refused = Recorder(token=Refused("taken"))
+    assert carry(refused, *made, groups=True).rejected == "taken"
+    assert "CreatePod" not in refused.did

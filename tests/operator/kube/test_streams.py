@@ -30,6 +30,7 @@ class Server:
         self.list_version = 10
         self.lists = 0
         self.told: list[tuple[str, int]] = []
+        self.settled_at: list[int] = []
         self.idle = asyncio.Event()
 
     async def watch(
@@ -49,6 +50,9 @@ class Server:
 
     def lost(self, kind: Kind, gone: Json) -> None:
         self.told.append(("lost", int(gone["metadata"]["resourceVersion"])))
+
+    def settled(self, kind: Kind, version: int) -> None:
+        self.settled_at.append(version)
 
     async def list_again(self) -> None:
         self.lists += 1
@@ -128,6 +132,18 @@ def test_a_version_that_is_forgotten_is_listed_again() -> None:
     def check(found: Server) -> None:
         assert [version for _, _, version in found.asked] == [10, 50, 50]
         assert found.lists == 2
+
+    run(server, check)
+
+
+def test_deaths_are_remembered_from_one_bookmark_to_the_next() -> None:
+    """An answer that was under way at the first one may still come."""
+
+    def server() -> Server:
+        return Server([event("BOOKMARK", 20), event("DELETED", 25), event("BOOKMARK", 30)])
+
+    def check(found: Server) -> None:
+        assert found.settled_at == [0, 20]
 
     run(server, check)
 

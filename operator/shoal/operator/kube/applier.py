@@ -101,7 +101,6 @@ class Applier:
         self._world = world
         self._feed = feed
         self._wall = wall
-        self._tokens: set[str] = set()  # uids of services whose group token is there
 
     async def ensure(self, document: Json) -> bool:
         """Brings an object about; whether a write was needed."""
@@ -195,23 +194,19 @@ class Applier:
         self._feed.wrote(INFERENCE_SERVICES, answer)
 
     async def ensure_group_token(self, service: InferenceService) -> None:
-        """The secret that pods of a group share; made once, and never changed."""
-        uid = service.metadata.uid or ""
-        if uid in self._tokens:
-            return
+        """The secret that pods of a group share; to be called before they are made."""
         name, namespace = group_token_name(service.name), service.metadata.namespace
+        document = group_token_secret(service, secrets.token_hex(32))
         live = await self._look(SECRETS, namespace, name)
         if live is None:
-            document = group_token_secret(service, secrets.token_hex(32))
             try:
                 await self._api.create(SECRETS, document)
             except ApiError as error:
                 if error.exists:
                     raise NotYet(f"secret {name} has just been made") from None
                 _raise_refused(SECRETS, name, error)
-        elif controller_uid(live) != uid:
-            raise NotYet(f"secret {name} belongs to an earlier service of that name")
-        self._tokens.add(uid)
+        else:
+            self._check_owner(SECRETS, document, live)
 
     async def _create(self, kind: Kind, document: Json) -> Json:
         """Makes an object; where the name is taken, what is there if it is ours."""

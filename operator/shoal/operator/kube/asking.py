@@ -62,7 +62,7 @@ class Interest:
         return replace(self, scaled=_with(self.scaled, service, by_load))
 
     def question(self, asked_all: float | None, now: float, pace: RouterPace) -> Question:
-        """What to ask next; `asked_all` is when routers were asked about all services last."""
+        """What to ask a router next; `asked_all` is when it was asked about all services last."""
         recent = asked_all is not None and now - asked_all < self._all_seconds(pace)
         if recent and 0 < len(self.under_way) <= _FEW:
             return Question(tuple(sorted(self.under_way)))
@@ -97,6 +97,7 @@ class Hearing:
     counts_from: float | None = None  # None: it was never ready
     answered: bool = False  # at least once
     silent_since: float | None = None  # when it was first asked without an answer
+    asked_all: float | None = None  # when it was last asked about all services, and answered
     views: Views = field(default_factory=lambda: MappingProxyType({}))
 
     def found(self, ready: bool, counts_from: float) -> "Hearing":
@@ -105,15 +106,16 @@ class Hearing:
             return replace(self, ready=ready)
         return replace(self, ready=True, counts_from=counts_from)
 
-    def heard(self, question: Question, said: Views) -> "Hearing":
-        """It answered; of services that it was not asked about it says what it said before."""
+    def heard(self, question: Question, said: Views, asked: float) -> "Hearing":
+        """It answered what it was asked then; of other services it says what it said before."""
         others = {
             name: view
             for name, view in self.views.items()
             if question.services and name not in question.services
         }
         views = MappingProxyType({**others, **said})
-        return replace(self, answered=True, silent_since=None, views=views)
+        asked_all = self.asked_all if question.services else asked
+        return replace(self, answered=True, silent_since=None, asked_all=asked_all, views=views)
 
     def unheard(self, asked: float) -> "Hearing":
         """It did not answer what it was asked then."""

@@ -6,11 +6,11 @@ a webhook refuses nor a budget whose name is taken holds up a drain, a route tab
 """
 
 import logging
-from collections.abc import Awaitable, Collection, Iterable
+from collections.abc import Awaitable, Collection
 from typing import Final
 
 from shoal.api.types import InferenceService
-from shoal.operator.actions import Action
+from shoal.operator.actions import Action, CreatePod
 from shoal.operator.kube.applier import Applier, Json, NotYet, Refused
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.outcome import Outcome
@@ -49,13 +49,13 @@ class _Troubles:
 async def carry_out(
     applier: Applier,
     service: InferenceService,
-    actions: Iterable[Action],
+    actions: Collection[Action],
     children: Collection[Json],
     *,
     group_token: bool,
 ) -> Outcome:
-    """Performs `actions`; brings about `children` where there was nothing to perform. `group_token`
-    where pods share one."""
+    """Performs `actions`; brings about `children` where there was nothing to perform.
+    `group_token`: pods of a group share one, which is there before they are."""
     troubles, done = _Troubles(), 0
     adopted = False
     try:
@@ -64,7 +64,8 @@ async def carry_out(
         troubles.error = error
     if adopted or troubles.error is not None:
         return Outcome(acted=adopted, error=troubles.error)
-    if not group_token or await troubles.survive(applier.ensure_group_token(service)):
+    groups = group_token and any(map(_joins_a_group, actions))
+    if not groups or await troubles.survive(applier.ensure_group_token(service)):
         for action in actions:
             if not await troubles.survive(applier.perform(service, action)):
                 break
@@ -81,3 +82,7 @@ async def carry_out(
         await troubles.survive(applier.prune(service, children))
     missing = "; ".join(troubles.refused) or None
     return Outcome(False, rejected, missing, troubles.again, troubles.error)
+
+
+def _joins_a_group(action: Action) -> bool:
+    return isinstance(action, CreatePod) and action.pod.group_size > 1

@@ -143,7 +143,7 @@ class Api:
                 async for piece in response.content.iter_any():
                     *lines, rest = (rest + piece).split(b"\n")
                     for line in lines:
-                        yield orjson.loads(line)
+                        yield _decoded(line, "GET", path)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise _unreachable("GET", path, error) from None
 
@@ -219,8 +219,7 @@ class Api:
             body = orjson.dumps(document)
             sent.setdefault("Content-Type", "application/json")
         answer = await self._call(method, path, body, query or {}, sent, within, guarded=guarded)
-        decoded: Json = orjson.loads(answer)
-        return decoded
+        return _decoded(answer, method, path)
 
     async def _call(
         self,
@@ -286,6 +285,14 @@ class Api:
 def _unreachable(method: str, path: str, error: Exception) -> ApiError:
     said = str(error) or type(error).__name__
     return ApiError(0, "Unreachable", f"{method} {path}: {said}")
+
+
+def _decoded(text: bytes, method: str, path: str) -> Json:
+    try:
+        found: Json = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(0, "Unreadable", f"{method} {path}: {error}") from None
+    return found
 
 
 def _error(code: int, body: bytes, retry_after: str | None) -> ApiError:

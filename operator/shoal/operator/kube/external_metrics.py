@@ -193,7 +193,7 @@ class ExternalMetricsServer:
     async def _until_changed(self, trust: Trust, written: tuple[float, float]) -> None:
         while True:
             await asyncio.sleep(_REFRESH_SECONDS)
-            with suppress(ApiError, OSError):  # what was read stands
+            with suppress(ApiError, OSError, ValueError):  # what was read stands
                 if await read_trust(self._api) != trust or self._files.written() != written:
                     return
 

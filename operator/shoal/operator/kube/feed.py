@@ -65,6 +65,10 @@ class Feed:
         if service is not None:
             self._read(kind, service)
 
+    def settled(self, kind: Kind, version: int) -> None:
+        """A watch told everything up to a version, and no answer that is older is under way."""
+        self._world[kind].forget_deaths(version)
+
     def saw_node(self, node: Json) -> None:
         if self._world.put_node(node):
             self._wake_on(node["metadata"]["name"])

@@ -12,7 +12,7 @@ import random
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final
@@ -82,15 +82,15 @@ async def operate(settings: OperatorSettings, access: Access, watch: Watch) -> i
         await stack.enter_async_context(
             serve_probes("", settings.health_port, operator.unhealthy, operator.unready)
         )
-        await stack.enter_async_context(_scaled_by_others(operator, settings))
-        return await operator.run(watch)
+        beside = await stack.enter_async_context(_scaled_by_others(operator, settings))
+        return await operator.run(watch, beside)
 
 
 @asynccontextmanager
 async def _scaled_by_others(
     operator: "_Operator", settings: OperatorSettings
-) -> AsyncIterator[None]:
-    """Serves the load to autoscalers where that is switched on."""
+) -> AsyncIterator[Sequence[asyncio.Task[None]]]:
+    """Serves the load to autoscalers where that is switched on; the tasks that do."""
     tasks = []
     async with AsyncExitStack() as stack:
         if settings.external_metrics_port:
@@ -110,7 +110,7 @@ async def _scaled_by_others(
         if settings.external_metrics_port or settings.keda_port:
             tasks.append(asyncio.create_task(operator.loads.run(), name="loads"))
         try:
-            yield
+            yield tasks
         finally:
             for task in tasks:
                 await _end(task)
@@ -226,7 +226,8 @@ class _Operator:
     def unready(self) -> str | None:
         return None if self._lists.any else "the first list is not in"
 
-    async def run(self, watch: Watch) -> int:
+    async def run(self, watch: Watch, beside: Sequence[asyncio.Task[None]]) -> int:
+        """Until it is told to stop, or one of its parts or of those `beside` it ends."""
         stop, stop_watching = asyncio.Event(), asyncio.Event()
         _take_signals(stop)
         await _first(self._wait_for_types(), stop.wait())
@@ -242,7 +243,8 @@ class _Operator:
         asked = asyncio.create_task(stop.wait(), name="stop")
         try:
             done, _ = await asyncio.wait(
-                [leading, lists, watches, streams, asked], return_when=asyncio.FIRST_COMPLETED
+                [leading, lists, watches, streams, asked, *beside],
+                return_when=asyncio.FIRST_COMPLETED,
             )
             if asked in done:
                 return 0

@@ -67,7 +67,6 @@ class RouterFleet:
         self._interest = Interest()
         self._hurry = asyncio.Event()
         self._found_at: float | None = None
-        self._asked_all_at: float | None = None
 
     def views(self, service: str) -> tuple[RouterView, ...]:
         """One a router that answers; a router that does not know the service acts on no table."""
@@ -96,19 +95,20 @@ class RouterFleet:
         self._interest = Interest()
 
     async def run(self, asked_once: asyncio.Event) -> None:
-        """Asks for ever; `asked_once` is set after each router was asked once."""
+        """Asks for ever; `asked_once` is set after the routers were found and asked once."""
         try:
             while True:
                 self._hurry.clear()
                 await self._round()
-                asked_once.set()
+                if self._found_at is not None:
+                    asked_once.set()
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._hurry.wait(), self._interest.rest(self._pace))
                 await asyncio.sleep(self._interest.step(self._pace))
         finally:
             # Whoever leads again connects anew.
             known, self._routers, self._counted = self._routers, {}, frozenset()
-            self._found_at = self._asked_all_at = None
+            self._found_at = None
             for router in known.values():
                 await _close(router)
 
@@ -120,11 +120,10 @@ class RouterFleet:
                 await self._find()
             except ApiError as error:
                 log.warning("router pods cannot be listed: %s", error)
-        question = self._interest.question(self._asked_all_at, self._clock(), self._pace)
-        if not question.services:
-            self._asked_all_at = self._clock()
         for address, router in self._routers.items():
             if router.asking is None or router.asking.done():
+                asked_all = router.hearing.asked_all
+                question = self._interest.question(asked_all, self._clock(), self._pace)
                 router.asking = asyncio.create_task(self._ask(address, router, question))
         asking = [r.asking for r in self._routers.values() if r.asking is not None]
         if asking:
@@ -158,7 +157,7 @@ class RouterFleet:
                 if before.answered and before.silent_since is None:
                     log.warning("router %s does not answer", address)
                 return
-            router.hearing = before.heard(part, said)
+            router.hearing = before.heard(part, said, asked)
             for name in news(self._interest, part, before, router.hearing):
                 self._changed(name)
 

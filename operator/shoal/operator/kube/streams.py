@@ -38,6 +38,9 @@ class Sink(Protocol):
 
     def lost(self, kind: Kind, gone: dict[str, Any]) -> None: ...
 
+    def settled(self, kind: Kind, version: int) -> None:
+        """Nothing older than that is still under way."""
+
 
 class Streams:
     """One watch a kind and namespace."""
@@ -72,7 +75,7 @@ class Streams:
                     tasks.create_task(self._follow(kind, scope), name=f"watch {kind.plural}")
 
     async def _follow(self, kind: Kind, scope: str | None) -> None:
-        version, failures = self._listed(kind, scope), 0
+        version, failures, bookmark = self._listed(kind, scope), 0, 0
         while True:
             began = version
             try:
@@ -81,13 +84,16 @@ class Streams:
                 async for event in self._api.watch(kind, scope, version, seconds):
                     version = max(version, self._note(kind, event))
                     failures = 0
+                    if event["type"] == "BOOKMARK":
+                        # A minute ago: answers to writes of then are in.
+                        self._sink.settled(kind, bookmark)
+                        bookmark = version
             except ApiError as error:
                 if error.status == _GONE:
                     log.info("%s: listed again: %s", kind.plural, error)
                     await self._list_again()
-                    version = self._listed(kind, scope)
-                    continue
-                if failures == 1:
+                    version = began = self._listed(kind, scope)
+                elif failures == 1:
                     log.warning("%s cannot be watched: %s", kind.plural, error)
             if version == began:
                 await asyncio.sleep(_PAUSES[min(failures, len(_PAUSES) - 1)])
