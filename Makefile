@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-thousand e2e-ranks e2e-autoscaler images
+.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-rollouts e2e-thousand e2e-ranks e2e-autoscaler images
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,22 +40,26 @@ test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
 
 e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
-	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes --ignore e2e/test_rollout_kills.py \
-	  $(E2E_FLAGS)
-	@$(BIN)/python -m pytest e2e/kubernetes --ignore e2e/kubernetes/test_thousand.py \
-	  --ignore e2e/kubernetes/test_autoscaler.py $(E2E_FLAGS)
+	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes --ignore e2e/ranks \
+	  --ignore e2e/test_rollout_kills.py $(E2E_FLAGS)
+	@$(BIN)/python -m pytest e2e/kubernetes $(addprefix --ignore e2e/kubernetes/test_,$(APART)) $(E2E_FLAGS)
+
+# Minutes each, and figures rather than a gate: they have targets of their own.
+APART := thousand.py autoscaler.py driver.py groups.py rollouts.py
 
 e2e-thousand: $(VENV)/dev.stamp ## a thousand services on a real Kubernetes: minutes, figures and goals
 	@$(BIN)/python -m pytest e2e/kubernetes/test_thousand.py
 
-e2e-kills: $(VENV)/dev.stamp ## SIGKILL of the supervisor at fifty moments of a canary, twice
+e2e-rollouts: $(VENV)/dev.stamp ## SIGKILL at fifty moments of a canary, twice; canaries on a real Kubernetes
 	@$(BIN)/python -m pytest e2e/test_rollout_kills.py
+	@$(BIN)/python -m pytest e2e/kubernetes/test_rollouts.py
 
-e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler beside ours, the same load: two minutes of it
-	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py
+e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler: the same load beside ours, and driving a service
+	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py e2e/kubernetes/test_driver.py
 
-e2e-ranks: $(VENV)/dev.stamp ## what becomes of each failure of a group over three hosts, three times
-	@SHOAL_E2E_TRIALS=3 $(BIN)/python -m pytest e2e/ranks/test_hosts.py
+e2e-ranks: $(VENV)/dev.stamp ## groups over three hosts, each failure three times; groups over pods
+	@SHOAL_E2E_TRIALS=3 $(BIN)/python -m pytest e2e/ranks
+	@$(BIN)/python -m pytest e2e/kubernetes/test_groups.py
 
 images: ## container images of router, operator and worker (docker, podman or buildah; see images/)
 	@images/build.sh
