@@ -15,7 +15,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -342,4 +341,4 @@ def _median(splits: list[Split]) -> Split:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
