@@ -49,11 +49,11 @@ def desired_children(
     drivers: Collection[ScalingDriver] = (),
     scaler_address: str = "",
 ) -> tuple[dict[str, Any], ...]:
-    """Objects that should be there whatever the pods do; to be applied before any pod is made.
+    """Objects that should be there beside the pods, once a plan is carried out.
 
     `monitors`: whether the cluster knows PodMonitors (monitoring.coreos.com). `pods`: what every
-    worker pod has. `drivers`: who
-    may scale, beside the operator. `scaler_address`: where KEDA finds the operator.
+    worker pod has. `drivers`: who may scale, beside the operator. `scaler_address`: where KEDA
+    finds the operator.
     """
     children = [_workers_service(service)] if _need_names(service, observed, pods) else []
     planned = _planned_pods(service, observed, pods)

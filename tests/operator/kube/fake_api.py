@@ -61,6 +61,7 @@ class FakeApi:
         self.on_create: Callable[[Kind, Json], None] = lambda *_: None
         self.forbidden: set[Kind] = set()  # kinds that may not be listed
         self.away = False  # accepts connections and answers 503
+        self.garbled = False  # answers with what is no JSON, as a proxy in between may
         self.logs: dict[str, str] = {}  # last line by pod
         self.tokens: set[str] | None = None  # bearer tokens that are accepted; None: all
         self.mute_deletions = False  # watches lose what is deleted
@@ -161,6 +162,8 @@ class FakeApi:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         if self.away:
             return _status(503, "ServiceUnavailable", "away")
+        if self.garbled:
+            return web.Response(text="<html>")
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.tokens is not None and token not in self.tokens:
             return _status(401, "Unauthorized", "who are you")

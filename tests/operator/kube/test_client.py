@@ -117,6 +117,19 @@ def test_a_server_that_is_not_there_is_an_error_of_its_own() -> None:
     asyncio.run(main())
 
 
+def test_an_answer_that_cannot_be_read_is_an_error_of_the_call() -> None:
+    """It ends neither a watch's task nor the process."""
+
+    async def check(fake: FakeApi, api: Api) -> None:
+        fake.garbled = True
+        with pytest.raises(ApiError, match="Unreadable"):
+            await api.get(PODS, "default", "p")
+        with pytest.raises(ApiError, match="Unreadable"):
+            await api.create(PODS, pod("p"))
+
+    run(check)
+
+
 def test_who_does_not_lead_does_not_write() -> None:
     """Reading is free; a write is not even sent."""
 
