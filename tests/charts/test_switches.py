@@ -72,10 +72,14 @@ def test_a_gateway_route_has_no_time_limit(render: "Render") -> None:
     assert rule["timeouts"] == {"request": "0s"}
 
 
-def test_engines_are_reached_by_routers_alone(render: "Render") -> None:
-    """In every listed namespace the engine's port is open to the release's routers only."""
+def test_engines_are_reached_by_routers_and_the_operator_alone(render: "Render") -> None:
+    """In every listed namespace the engine's port is open to the release's routers, and to its
+    operator, which swaps weights there and may call webhooks where a value says so."""
     rendering = render(
-        "networkPolicy.enabled=true", "namespaces={a,b}", "featureGates.MultiNode=false"
+        "networkPolicy.enabled=true",
+        "namespaces={a,b}",
+        "featureGates.MultiNode=false",
+        "networkPolicy.operatorEgress[0].ports[0].port=443",
     )
     policies = [
         p for p in rendering.of("NetworkPolicy") if p["metadata"]["name"] == "shoal-workers"
@@ -83,13 +87,15 @@ def test_engines_are_reached_by_routers_alone(render: "Render") -> None:
     assert [policy["metadata"]["namespace"] for policy in policies] == ["a", "b"]
     engine = policies[0]["spec"]["ingress"][0]
     assert engine["ports"] == [{"protocol": "TCP", "port": 9000}]
-    (peer,) = engine["from"]
-    assert peer["namespaceSelector"]["matchLabels"] == {
-        "kubernetes.io/metadata.name": "shoal-system"
-    }
-    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "router"
+    home = {"kubernetes.io/metadata.name": "shoal-system"}
+    assert [peer["namespaceSelector"]["matchLabels"] for peer in engine["from"]] == [home, home]
+    labels = [peer["podSelector"]["matchLabels"] for peer in engine["from"]]
+    assert [of["app.kubernetes.io/component"] for of in labels] == ["router", "operator"]
     ports = [rule.get("ports", [{}])[0].get("port") for rule in policies[0]["spec"]["ingress"]]
     assert ports == [9000, 9001]
+    egress = rendering.one("NetworkPolicy", "shoal-operator")["spec"]["egress"]
+    ports = [[port["port"] for port in rule["ports"]] for rule in egress]
+    assert ports == [[53, 53], [443, 6443], [8001], [9000], [443]]
 
 
 def test_pods_of_a_group_reach_each_other(render: "Render") -> None:
