@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import os
+import platform
 import random
 import re
 import statistics
@@ -241,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--name", default="router", help="of the files under bench/results")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         routes = Path(folder) / "routes"
@@ -255,19 +257,21 @@ def main() -> None:
     print("\n" + text)
     results = ROOT / "bench" / "results"
     results.mkdir(parents=True, exist_ok=True)
-    (results / "router.md").write_text(text + "\n")
-    (results / "router.json").write_text(
+    stem = results / args.name
+    stem.with_suffix(".md").write_text(text + "\n")
+    stem.with_suffix(".json").write_text(
         json.dumps(
             {
                 "date": datetime.now(UTC).date().isoformat(),
                 "machine": where,
+                "python": f"{platform.python_version()}, {platform.python_build()[0]}",
                 "figures": figures,
             },
             indent=1,
         )
         + "\n"
     )
-    print(f"\nwritten: {results / 'router'}.md .json")
+    print(f"\nwritten: {stem}.md .json")
 
 
 if __name__ == "__main__":
