@@ -88,8 +88,8 @@ def test_sigterm_drains_and_exits_cleanly() -> None:
         address = run.wait_for("listening")["grpc"]
         run.wait_for("ready")
         phases = [e["phase"] for e in run.events if e["event"] == "startup phase"]
-        order = ["listen", "resolve", "import", "tokenizer", "load", "pack", "kv", "warm-up"]
-        assert phases == order
+        begin = ["boot", "listen", "resolve", "import", "tokenizer"]
+        assert phases == [*begin, "load", "pack", "kv", "warm-up"]
         with grpc.insecure_channel(address) as channel:
             stub = engine_pb2_grpc.EngineStub(channel)
             model = stub.GetModel(engine_pb2.GetModelRequest())
