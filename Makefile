@@ -38,6 +38,7 @@ demo: $(VENV)/run.stamp ## serve a small real model on this machine and ask it s
 
 test: $(VENV)/dev.stamp ## install what the tests need and run them
 	@$(BIN)/python -m pytest
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/gpu
 
 e2e: e2e-local e2e-kubernetes ## real processes and a real Kubernetes, under load and faults
 

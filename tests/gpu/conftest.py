@@ -1,0 +1,27 @@
+"""Kernels against their oracles: in Triton's interpreter, or on the GPU that is there.
+
+The interpreter is chosen when a kernel is decorated, so these tests have a process of their own:
+`TRITON_INTERPRET=1 pytest tests/gpu`. In the process of the other tests nothing here is collected.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if not INTERPRETED and not torch.cuda.is_available():
+    collect_ignore_glob = ["test_*"]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session")
+def float_types() -> tuple[torch.dtype, ...]:
+    """The interpreter's arithmetic in bfloat16 is wrong without a word."""
+    half = (torch.float32, torch.float16)
+    return half if INTERPRETED else (*half, torch.bfloat16)
