@@ -88,9 +88,15 @@ class KvModel(SerialExecutor):
     `fault` may raise for a plan, or name a slot's error."""
 
     def __init__(
-        self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 128, depth: int = 1
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 128,
+        depth: int = 1,
+        relays: bool = False,
     ) -> None:
         self.depth = depth
+        self.relays = relays
         self.under_way: deque[StepPlan] = deque()
         self.info = ModelInfo("model", VOCAB, max_model_len, (EOS,), None, "float32")
         self.num_blocks = num_blocks
@@ -215,12 +221,13 @@ def build(
     block_size: int = 4,
     max_model_len: int = 128,
     depth: int = 1,
+    relays: bool = False,
     clock: Callable[[], float] = lambda: 0.0,
     warm_up_rate: float = 0.0,
     **config: object,
 ) -> tuple[Engine, KvModel]:
     """An engine over a fresh model of the device."""
-    model = KvModel(num_blocks, block_size, max_model_len, depth)
+    model = KvModel(num_blocks, block_size, max_model_len, depth, relays)
     settings = EngineConfig(**{"max_num_seqs": 8, "max_batched_tokens": 32, **config})
     rng = random.Random(0)
     return Engine(model, settings, clock=clock, rng=rng, warm_up_rate=warm_up_rate), model

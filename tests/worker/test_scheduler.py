@@ -283,3 +283,37 @@ def test_one_sequence_may_fill_the_whole_pool(kv: ModuleType, length: int) -> No
         assert client.finish[key] is FinishReason.LENGTH
         want = kv.expected(prompt(length, seed), 12 - length, stop=frozenset())
         assert client.tokens[key] == want
+
+
+def test_a_device_that_relays_decodes_in_every_plan(kv: ModuleType) -> None:
+    """The next plan has the row of a token that nobody knows yet, and the end by length is
+    foreseen: no row is for nothing."""
+    engine, model = kv.build(depth=2, relays=True)
+    client = kv.Client(engine)
+    engine.add(kv.request("a", prompt(9), 6, ignore_eos=True))
+    client.step()
+    assert [row.start for plan in model.under_way for row in plan.rows] == [9]
+    client.run()
+    assert client.tokens[SequenceKey("a", 0)] == kv.expected(prompt(9), 6, stop=frozenset())
+    rows = [row for plan in model.plans for row in plan.rows]
+    assert [(row.start, row.count) for row in rows] == [(0, 9), *((9 + i, 1) for i in range(5))]
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_stop_token_costs_a_relaying_device_the_plans_under_way(
+    kv: ModuleType, depth: int
+) -> None:
+    """They have a row of the ended sequence, whose draw nobody sees; its blocks are free and its
+    prefix can be shared."""
+    engine, model = kv.build(depth=depth, relays=True)
+    client = kv.Client(engine)
+    tokens = kv.expected(prompt(9), 7, stop=frozenset())
+    assert tokens[-1] not in tokens[:-1]
+    engine.add(kv.request("a", prompt(9), 40, ignore_eos=True, stop_token_ids=(tokens[-1],)))
+    client.run()
+    assert client.tokens[SequenceKey("a", 0)] == tokens
+    assert model.num_steps == len(tokens) + depth - 1
+    assert engine.load().blocks_used == 0
+    engine.add(kv.request("b", prompt(9) + tokens, 1))
+    client.run()
+    assert client.last[SequenceKey("b", 0)].cached_tokens == 12

@@ -37,6 +37,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             cap=st.none() | st.integers(1, 30),
             caching=st.integers(0, 7).map(bool),
             depth=st.sampled_from([1, 1, 2, 3]),
+            relays=st.booleans(),
         )
         def start(
             self,
@@ -47,12 +48,14 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             cap: int | None,
             caching: bool,
             depth: int,
+            relays: bool,
         ) -> None:
             self.engine, self.model = kv.build(
                 num_blocks=num_blocks,
                 block_size=block_size,
                 max_model_len=96,
                 depth=depth,
+                relays=relays,
                 max_num_seqs=max_num_seqs,
                 max_batched_tokens=budget,
                 max_prefill_tokens=cap,
@@ -61,6 +64,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
             self.scheduler = self.engine._scheduler
             self.client = kv.Client(self.engine)
             self.depth = depth
+            self.relays = relays
             self.budget, self.max_num_seqs = budget, max_num_seqs
             self.cap = cap or max(1, budget // 2)
             self.requests: dict[str, EngineRequest] = {}
@@ -211,6 +215,7 @@ def machine(kv: ModuleType, seen: Counter[str]) -> type[RuleBasedStateMachine]:
                 stats = self.engine.stats()
                 seen["steps"] += self.model.num_steps
                 seen[f"depth {self.depth}"] += self.model.num_steps
+                seen["relayed"] += self.relays and self.depth > 1 and self.model.num_steps
                 seen["preemptions"] += stats.preemptions
                 seen["prefix hits"] += stats.prefix_hit_tokens
 
@@ -298,6 +303,7 @@ def test_random_schedules_keep_every_promise(kv: ModuleType) -> None:
     assert seen["steps"] >= MIN_STEPS, seen
     for depth in (1, 2, 3):
         assert seen[f"depth {depth}"] >= MIN_STEPS // 10, seen
+    assert seen["relayed"] >= MIN_STEPS // 10, seen
     for event in ("preemptions", "cancelled", "stop", "length", "drains", "sequences"):
         assert seen[event] >= 500, (event, seen)
     for event in ("row errors", "device failures", "refused"):

@@ -64,8 +64,8 @@ class BlockTables:
         return tuple(blocks)
 
     def register(self, seq: Sequence) -> None:
-        """Makes the full blocks up to `num_computed` findable."""
-        full = seq.num_computed // self.block_size
+        """Makes the full blocks up to `num_computed` findable whose tokens are known."""
+        full = min(seq.num_computed, len(seq.tokens)) // self.block_size
         if not self.caching or full == seq.num_registered:
             return
         known = len(seq.hashes)

@@ -99,7 +99,11 @@ class Engine:
         self._clock = clock
         self._rng = rng or random.Random()
         self._scheduler = Scheduler(
-            config, executor.num_blocks, executor.block_size, executor.depth
+            config,
+            executor.num_blocks,
+            executor.block_size,
+            executor.depth,
+            relays=executor.relays,
         )
         self._flights: deque[_Flight] = deque()
         self.max_model_len = self._limit_length()  # prompt and generated tokens, of any request

@@ -41,6 +41,12 @@ class Executor(Protocol):
         ...
 
     @property
+    def relays(self) -> bool:
+        """Whether a plan may have the row of a token that a plan under way is to draw: the device
+        reads what it drew, and nobody waits for the answer."""
+        ...
+
+    @property
     def lost(self) -> str | None:
         """Why the device is gone, or None while it is there. Any thread may read it."""
         ...
@@ -64,6 +70,7 @@ class SerialExecutor(ABC):
     """An `Executor` that computes one plan at a time, in the caller's thread."""
 
     depth = 1
+    relays = False
     lost: str | None = None
     _submitted: StepPlan | None = None
 

@@ -54,6 +54,10 @@ class FaultyExecutor:
         return self._executor.depth
 
     @property
+    def relays(self) -> bool:
+        return self._executor.relays
+
+    @property
     def lost(self) -> str | None:
         return self._executor.lost
 

@@ -19,6 +19,10 @@ Several plans may be under way at a time, for the stages of a pipeline. A decode
 that is being drawn for it, so each plan takes its share of the decodes; prompts need not wait, as
 plans are computed in order. For the same reason blocks are free at once when a sequence leaves
 while a plan under way still writes to them: whoever gets them writes later.
+
+A device that relays reads the token that it drew itself, so a decode waits for nobody: every plan
+has all of them, the newest token of each unknown here (`num_computed` runs ahead of `tokens`). The
+end by length is foreseen; one by a stop token is seen a plan late, whose row was for nothing.
 """
 
 from bisect import bisect_left, insort
@@ -95,8 +99,15 @@ class Scheduler:
     way. `add` and `end` may come at any time."""
 
     def __init__(
-        self, config: EngineConfig, num_blocks: int, block_size: int, depth: int = 1
+        self,
+        config: EngineConfig,
+        num_blocks: int,
+        block_size: int,
+        depth: int = 1,
+        *,
+        relays: bool = False,
     ) -> None:
+        """`depth` and `relays`: the executor's."""
         self.blocks = BlockTables(num_blocks, block_size, caching=config.enable_prefix_caching)
         self.counters = EngineStats()
         self._budget = config.max_batched_tokens
@@ -110,6 +121,7 @@ class Scheduler:
         self._waiting_tokens = 0
         self._step = 0
         self._depth = depth
+        self._relays = relays
         self._flights: deque[_Flight] = deque()
 
     @property
@@ -169,6 +181,9 @@ class Scheduler:
         if draft.rows:
             self._step += 1
             self._flights.append(flight)
+        if self._relays:
+            for ticket in flight.sampling[flight.num_decodes :]:
+                self._now_decodes(ticket.seq)
         return StepPlan(self._step, tuple(draft.init), tuple(grow), tuple(draft.rows))
 
     def check_result(self, result: StepResult) -> None:
@@ -206,11 +221,12 @@ class Scheduler:
                 continue
             delta = seq.advance(sampled.token_id, sampled.logprobs)
             deltas.append(delta)
+            if self._relays:
+                self.blocks.register(seq)
             if delta.finish is not None:
                 self.end(seq)
-            elif place >= flight.num_decodes:
-                _discard(self._prefilling, seq)
-                insort(self._decoding, seq, key=_ORDER)
+            elif place >= flight.num_decodes and not self._relays:
+                self._now_decodes(seq)
         self.counters.generated_tokens += sum(len(delta.token_ids) for delta in deltas)
         return deltas
 
@@ -252,7 +268,10 @@ class Scheduler:
         return sum(seq.num_computed == seq.capacity for seq in self._ready())
 
     def _ready(self) -> list[Sequence]:
-        """The decodes of the next plan: an equal share of all for each plan under way."""
+        """The decodes of the next plan: an equal share of all for each plan under way or, where
+        the device relays, all but those whose last token is being drawn."""
+        if self._relays:
+            return [seq for seq in self._decoding if seq.num_computed + 1 < seq.max_len]
         if self._depth == 1:
             return self._decoding[:]
         ready = [seq for seq in self._decoding if not seq.awaited]
@@ -370,6 +389,11 @@ class Scheduler:
             draft.flight.sampling.append(ticket)
 
     # Queues.
+
+    def _now_decodes(self, seq: Sequence) -> None:
+        """A prefill's last chunk is planned, or computed."""
+        _discard(self._prefilling, seq)
+        insort(self._decoding, seq, key=_ORDER)
 
     def _preempt(self, seq: Sequence) -> None:
         self.counters.preempted_tokens += seq.num_computed

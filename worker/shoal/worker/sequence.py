@@ -48,7 +48,8 @@ class Order(NamedTuple):
 @dataclass(slots=True, eq=False)
 class Sequence:
     """State of one sequence. The scheduler owns and changes it; `num_computed` counts the tokens
-    whose KV is stored, the step in progress included."""
+    whose KV is stored, the steps in progress included: where the device relays, those that it has
+    drawn and not yet told are among them."""
 
     key: SequenceKey
     order: Order
@@ -67,7 +68,8 @@ class Sequence:
     capacity: int = 0  # tokens that `block_ids` hold
     slot: int | None = None  # None: waiting, or ended
     stay: int = 0  # counts the times it left a slot: what was planned in an earlier stay is void
-    awaited: bool = False  # a plan under way draws its next token
+    # A plan under way draws its next token. Of no account where the device relays.
+    awaited: bool = False
     reported: bool = False  # the first delta went out
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None

@@ -71,6 +71,7 @@ class GroupExecutor:
     """Implements `shoal.worker.executor.Executor`."""
 
     standby = None  # the ranks' weights stay
+    relays = False  # a stage has the rows of several plans, and learns of tokens from the last one
 
     def __init__(
         self,
