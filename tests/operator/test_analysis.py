@@ -1,6 +1,7 @@
 """The canary analysis: its test's guarantees, its rates by seeded simulation, its counting."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from shoal.api.rollout import CanaryAnalysis
 from shoal.api.v1 import router_pb2
 from shoal.operator.analysis import PROOF, Analysis, Verdict, look
 from shoal.operator.analysis_counts import Counts, Tally
-from shoal.operator.analysis_evidence import Outcomes, Spread, log_e, log_e_alone
+from shoal.operator.analysis_evidence import Outcomes, Score, Spread, log_e, log_e_alone
 from shoal.operator.durations import Durations, bucket_of
 
 shares = st.floats(0, 1)
@@ -26,18 +27,58 @@ def chances(requests, share):
     ]
 
 
-@given(st.integers(1, 6), st.integers(1, 6), shares, shares, shares, odds)
-def test_a_look_expects_no_evidence_where_the_canary_is_no_worse(
-    na, nb, first, second, rate, ratio
-):
-    """The e-variable's mean is at most 1, whatever the guesses: bets against no difference lose."""
-    worse, better = max(first, second), min(first, second)
+def ways(requests, shares):
+    """Every way in which requests may end in three outcomes, and its probability."""
+    for first in range(requests + 1):
+        for second in range(requests - first + 1):
+            counts = (first, second, requests - first - second)
+            number = math.comb(requests, first) * math.comb(requests - first, second)
+            yield counts, number * math.prod(p**n for p, n in zip(shares, counts, strict=True))
+
+
+cuts = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)  # below each, a share of requests
+
+
+def outcome_shares(below):
+    return (below[0], below[1] - below[0], 1 - below[1])
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    cuts,
+    cuts,
+    st.lists(st.floats(0.01, 100), min_size=3, max_size=3).map(sorted),
+)
+def test_a_look_expects_no_evidence_where_the_canary_is_no_worse(na, nb, first, second, bet):
+    """The e-variable's mean is at most 1 whatever the bet, where the new revision's outcomes are
+    stochastically no worse: bets against no difference lose."""
+    stable = outcome_shares([min(pair) for pair in zip(first, second, strict=True)])
+    canary = outcome_shares([max(pair) for pair in zip(first, second, strict=True)])
     mean = sum(
-        chance_a * chance_b * math.exp(log_e(Outcomes(na, ka, nb, kb), rate, ratio))
-        for ka, chance_a in enumerate(chances(na, worse))
-        for kb, chance_b in enumerate(chances(nb, better))
+        chance_a * chance_b * math.exp(log_e(Outcomes(of_a, of_b), bet))
+        for of_a, chance_a in ways(na, stable)
+        for of_b, chance_b in ways(nb, canary)
     )
     assert mean <= 1 + 1e-9
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60).filter(any), st.floats(0.01, 4))
+def test_a_bet_by_ranks_never_falls_and_is_about_the_stable_one(known, tilt):
+    """What log_e asks of a bet holds for every history; the stable revision's mean ratio is 1."""
+    score = Score.normal(known)
+    bet = score.bet(tilt)
+    assert all(before <= after for before, after in pairwise(bet))
+    assert sum(s * r for s, r in zip(score.shares, bet, strict=True)) == pytest.approx(1)
+
+
+@given(st.integers(2, 30), st.integers(0, 29), st.floats(0, 1), st.floats(1.01, 1000))
+def test_a_bet_on_a_tail_is_an_odds_ratio(outcomes, last, rate, odds):
+    """Beyond a threshold the ratio is `odds` times that before it."""
+    bet = Score.beyond(last, rate, outcomes).bet(math.log(odds))
+    assert all(before <= after for before, after in pairwise(bet))
+    if last < outcomes - 1:
+        assert bet[-1] / bet[0] == pytest.approx(odds)
 
 
 @given(st.integers(1, 12), shares, st.floats(0.001, 0.999), odds)
@@ -54,10 +95,15 @@ def test_independent_requests_have_no_design_effect_and_bursts_do():
     """Differences that swing more than chance allows weaken what one look may say."""
     rng = np.random.default_rng(3)
     calm = bursty = Spread()
+    score = Score.beyond(0, 0.2)
+
+    def look(share):
+        slow_a, slow_b = int(rng.binomial(100, 0.2)), int(rng.binomial(40, share))
+        return Outcomes((100 - slow_a, slow_a), (40 - slow_b, slow_b))
+
     for _ in range(200):
-        calm = calm.after(Outcomes(100, rng.binomial(100, 0.2), 40, rng.binomial(40, 0.2)))
-        share = rng.choice([0.05, 0.35])
-        bursty = bursty.after(Outcomes(100, rng.binomial(100, 0.2), 40, rng.binomial(40, share)))
+        calm = calm.after(look(0.2), score)
+        bursty = bursty.after(look(rng.choice([0.05, 0.35])), score)
     assert 1.0 <= calm.factor < 1.3
     assert bursty.factor > 3
 
@@ -78,31 +124,43 @@ def test_the_simulation_counts_as_routers_do():
 
 
 class Canary:
-    """A canary with 20 % of 50 requests a look; times are lognormal."""
+    """A canary with a share of 50 requests a look; times are lognormal."""
 
-    def __init__(self, rng, *, sigma=0.5, slower=1.0, errors=0.0, stable_errors=0.0, spec=None):
-        self.rng, self.sigma, self.slower = rng, sigma, slower
-        self.errors, self.stable_errors = errors, stable_errors
+    def __init__(
+        self,
+        rng,
+        *,
+        sigma=0.5,
+        slower=1.0,
+        tail=1.0,  # share of requests that are slower
+        errors=0.0,
+        stable_errors=0.0,
+        share=0.2,
+        spec=None,
+    ):
+        self.rng, self.sigma, self.slower, self.share = rng, sigma, slower, share
+        self.tail, self.errors, self.stable_errors = tail, errors, stable_errors
         self.spec = spec or CanaryAnalysis()
         self.analysis = Analysis()
         self.proven = False
 
     def step(self, requests=50):
         rng = self.rng
-        canary = rng.binomial(requests, 0.2)
+        canary = int(rng.binomial(requests, self.share))
         stable = requests - canary
+        slowed = np.where(rng.random(canary) < self.tail, self.slower, 1.0)
         found = look(
             self.spec,
             self.analysis,
             Counts(
                 stable,
-                rng.binomial(stable, self.stable_errors),
+                int(rng.binomial(stable, self.stable_errors)),
                 durations(rng.lognormal(-1, self.sigma, stable)),
             ),
             Counts(
                 canary,
-                rng.binomial(canary, self.errors),
-                durations(self.slower * rng.lognormal(-1, self.sigma, canary)),
+                int(rng.binomial(canary, self.errors)),
+                durations(slowed * rng.lognormal(-1, self.sigma, canary)),
             ),
         )
         self.analysis = found.analysis
@@ -125,7 +183,7 @@ def share_of(outcomes):
 def test_no_difference_is_no_alarm():
     """Over a whole canary of 1,000 requests, at most 1 % are proven worse that are not."""
     rng = np.random.default_rng(11)
-    canaries = [Canary(rng, sigma=sigma) for sigma in (0.35, 0.8) for _ in range(100)]
+    canaries = [Canary(rng, sigma=sigma) for sigma in (0.35, 0.8) for _ in range(60)]
     failed = [canary.run(1000) is Verdict.FAILED for canary in canaries]
     assert share_of(failed) <= 0.01
     assert share_of([canary.proven for canary in canaries]) <= 0.01
@@ -138,12 +196,22 @@ def test_errors_of_both_revisions_are_no_fault_of_the_new_one():
     assert share_of([canary.run(600) is Verdict.FAILED for canary in canaries]) <= 0.01
 
 
-@pytest.mark.parametrize("sigma", [0.35, 0.5, 0.8])
-def test_a_ttft_of_half_as_much_again_is_found_within_500_requests(sigma):
-    """95 % at least, from narrow to wide distributions of times."""
+@pytest.mark.parametrize(
+    ("share", "sigma"), [(0.2, 0.35), (0.2, 0.8), (0.5, 0.8)], ids=["narrow", "wide", "half"]
+)
+def test_a_ttft_of_half_as_much_again_is_found_within_500_requests(share, sigma):
+    """95 % at least, from narrow to wide distributions of times, and where few of the stable
+    revision's requests are left to compare with."""
     rng = np.random.default_rng(13)
-    canaries = [Canary(rng, sigma=sigma, slower=1.5) for _ in range(100)]
+    canaries = [Canary(rng, sigma=sigma, share=share, slower=1.5) for _ in range(100)]
     assert share_of([canary.run(500) is Verdict.FAILED for canary in canaries]) >= 0.95
+
+
+def test_a_tail_that_grows_is_found():
+    """One request in five takes four times as long: the median hardly tells, the tail does."""
+    rng = np.random.default_rng(17)
+    canaries = [Canary(rng, tail=0.2, slower=4.0) for _ in range(30)]
+    assert share_of([canary.run(500) is Verdict.FAILED for canary in canaries]) >= 0.9
 
 
 def test_a_revision_that_fails_is_found_as_soon_as_looks_allow():

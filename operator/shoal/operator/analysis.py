@@ -3,7 +3,9 @@
 A look fails where one of three figures is both of consequence and proven:
 
     of consequence   the figure is beyond its limit: the share of failed requests beyond
-                     maxErrorRate, or p95 of TTFT or ITL beyond the stable one's times its ratio
+                     maxErrorRate, or p95 of TTFT or ITL beyond the stable one's times its ratio,
+                     or those of the slowest fifth together, of which a few hundred requests
+                     say more than of p95
     proven           a sequential test (analysis_evidence) has rejected that the new revision is
                      no worse; at no difference that ever happens with probability FALSE_ALARM at
                      most, over all three figures, all looks and all steps
@@ -16,21 +18,26 @@ weight 100 nothing is left to compare with: times are then not judged, and error
 maxErrorRate itself.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from math import log
+from math import exp, log
 from typing import Final
 
 from shoal.api.rollout import CanaryAnalysis
 from shoal.operator.analysis_counts import Counts
-from shoal.operator.analysis_evidence import Evidence, Outcomes, log_e_alone
+from shoal.operator.analysis_evidence import Evidence, Outcomes, Score, log_e_alone
 from shoal.operator.durations import Durations
 
 FALSE_ALARM: Final = 0.01
 FIGURES: Final = 3
-QUANTILES: Final = (0.5, 0.8, 0.95)  # thresholds, of the stable revision's earlier times
-SLOWER: Final = (1.6, 2.5, 5.0, 15.0)  # odds ratios that are guessed
-FAILING: Final = (3.0, 10.0, 50.0, 1000.0)
+SHIFTS: Final = (0.25, 0.5, 1.0, 2.0)  # of normal scores, that are guessed
+TAILS: Final = (0.8, 0.95)  # of the stable revision's earlier times: thresholds
+LATER: Final = tuple(map(log, (2.5, 5.0, 15.0)))  # guessed for the odds beyond them, as logarithms
+SLOWER: Final = (SHIFTS, *(LATER for _ in TAILS))
+FAILING: Final = tuple(map(log, (3.0, 10.0, 50.0, 1000.0)))
+P95: Final = (0.95,)
+SLOWEST: Final = (0.8, 0.85, 0.9, 0.95)  # a fifth of all; varies by less than p95 alone
 ENOUGH: Final = 20  # earlier times of the stable revision, before a threshold is taken from them
 PROOF: Final = log(FIGURES / FALSE_ALARM)
 
@@ -56,15 +63,16 @@ class Seen:
             Durations.merged((self.stable, stable)), Durations.merged((self.canary, canary))
         )
 
-    @property
-    def ratio(self) -> float | None:
-        """p95 of the new revision over that of the stable one; None: not known."""
-        stable, canary = self.stable.quantile(0.95), self.canary.quantile(0.95)
-        return canary / stable if stable and canary else None
+    def ratio(self, shares: Sequence[float]) -> float | None:
+        """The new revision's quantiles over the stable one's, their geometric mean; None: not
+        known."""
+        pairs = [(self.canary.quantile(share), self.stable.quantile(share)) for share in shares]
+        logs = [log(canary / stable) for canary, stable in pairs if canary and stable]
+        return exp(sum(logs) / len(logs)) if logs else None
 
 
 def _latency_evidence() -> Evidence:
-    return Evidence.none(len(QUANTILES), len(SLOWER))
+    return Evidence.none(SLOWER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class Analysis:
     failures: int = 0
     judged: int = 0  # of the new revision's times, since the warm-up
     failed_looks: int = 0  # in a row
-    errors: Evidence = field(default_factory=lambda: Evidence.none(1, len(FAILING)))
+    errors: Evidence = field(default_factory=lambda: Evidence.none([FAILING]))
     errors_alone: tuple[float, ...] = (0.0,) * len(FAILING)
     ttft: Evidence = field(default_factory=_latency_evidence)
     itl: Evidence = field(default_factory=_latency_evidence)
@@ -133,8 +141,8 @@ def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts)
         stable_failures=before.stable_failures + stable.failures,
         errors=_errors(before, stable, canary),
         errors_alone=tuple(
-            value + log_e_alone(canary.requests, canary.failures, spec.max_error_rate, odds)
-            for value, odds in zip(before.errors_alone, FAILING, strict=True)
+            value + log_e_alone(canary.requests, canary.failures, spec.max_error_rate, exp(tilt))
+            for value, tilt in zip(before.errors_alone, FAILING, strict=True)
         ),
     )
     if warm:
@@ -182,9 +190,12 @@ def _faults(spec: CanaryAnalysis, found: Analysis, *, compared: bool) -> list[st
         ("TTFT", found.ttft, found.ttft_seen, spec.max_ttft_p95_ratio, "maxTtftP95Ratio"),
         ("ITL", found.itl, found.itl_seen, spec.max_itl_p95_ratio, "maxItlP95Ratio"),
     ):
-        ratio = seen.ratio
-        if compared and ratio is not None and ratio > limit and evidence.log >= PROOF:
-            faults.append(f"{name} p95 is {ratio:.2f} times the stable one ({key} {limit:g})")
+        p95, slowest = seen.ratio(P95), seen.ratio(SLOWEST)
+        if not compared or p95 is None or slowest is None or evidence.log < PROOF:
+            continue
+        if max(p95, slowest) > limit:
+            both = f"{p95:.2f} times the stable one, the slowest fifth {slowest:.2f} times"
+            faults.append(f"{name} p95 is {both} ({key} {limit:g})")
     return faults
 
 
@@ -192,7 +203,7 @@ def _figures(found: Analysis) -> str:
     """The figures of both revisions, for people."""
     parts = [f"{found.requests} requests, {found.failures} failed"]
     for name, seen in (("TTFT", found.ttft_seen), ("ITL", found.itl_seen)):
-        stable, canary = seen.stable.quantile(0.95), seen.canary.quantile(0.95)
+        stable, canary = seen.stable.quantile(*P95), seen.canary.quantile(*P95)
         if stable is not None and canary is not None:
             parts.append(f"{name} p95 {_milliseconds(canary)} to {_milliseconds(stable)}")
     return ", ".join(parts)
@@ -203,24 +214,35 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _errors(before: Analysis, stable: Counts, canary: Counts) -> Evidence:
-    found = Outcomes(stable.requests, stable.failures, canary.requests, canary.failures)
+    found = Outcomes(_answered_and_failed(stable), _answered_and_failed(canary))
     rate = (before.stable_failures + 0.5) / (before.stable_requests + 100)
-    return before.errors.after([found], [rate], FAILING)
+    return before.errors.after(found, [Score.beyond(0, rate)], [FAILING])
+
+
+def _answered_and_failed(counts: Counts) -> tuple[int, int]:
+    failed = min(counts.failures, counts.requests)
+    return counts.requests - failed, failed
 
 
 def _times(
     evidence: Evidence, seen: Seen, stable: Durations, canary: Durations, weight: float
 ) -> Evidence:
-    """`evidence` with one look's times, against thresholds from earlier ones."""
+    """`evidence` with one look's times, by what earlier ones of the stable revision were like."""
     if (known := seen.stable.total) < ENOUGH:
         return evidence
-    looks: list[Outcomes | None] = []
-    rates = []
-    for share in QUANTILES:
-        bucket = seen.stable.bucket_at(share)
-        assert bucket is not None
-        looks.append(
-            Outcomes(stable.total, stable.above(bucket), canary.total, canary.above(bucket))
-        )
-        rates.append((seen.stable.above(bucket) + 0.5) / (known + 1))
-    return evidence.after(looks, rates, SLOWER, weight)
+    all_of_them = Durations.merged((seen.stable, stable, canary)).counts
+    first = next(bucket for bucket, count in enumerate(all_of_them) if count)
+    buckets = range(first, len(all_of_them))
+    scores = [Score.normal(_within(seen.stable, buckets))]
+    for share in TAILS:
+        last = seen.stable.bucket_at(share)
+        assert last is not None
+        rate = (seen.stable.above(last) + 0.5) / (known + 1)
+        scores.append(Score.beyond(last - first, rate, len(buckets)))
+    found = Outcomes(_within(stable, buckets), _within(canary, buckets))
+    return evidence.after(found, scores, SLOWER, weight)
+
+
+def _within(times: Durations, buckets: range) -> tuple[int, ...]:
+    some = times.counts[buckets.start : buckets.stop]
+    return (*some, *[0] * (len(buckets) - len(some)))
