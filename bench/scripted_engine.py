@@ -21,6 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from shoal.api.blocks import block_hashes, root_hash, wire_id
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
+from shoal.worker.cache_watch import CACHE_NEWS_SECONDS, Watcher
 
 EOS = 256
 SERVER_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
@@ -141,7 +142,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
 
     def __post_init__(self) -> None:
         self._cached: dict[int, None] = {}  # wire ids, oldest first
-        self._watchers: list[asyncio.Queue[engine_pb2.CacheEvents]] = []
+        self._watchers: list[Watcher] = []
         self._running = 0
 
     async def GetModel(
@@ -180,14 +181,16 @@ class Engine(engine_pb2_grpc.EngineServicer):
     async def WatchCache(
         self, request: engine_pb2.WatchCacheRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.CacheEvents]:
-        events: asyncio.Queue[engine_pb2.CacheEvents] = asyncio.Queue()
-        self._watchers.append(events)
+        watcher = Watcher(0, lambda: None, max_pending=1 << 20)
+        watcher.reset(list(self._cached))
+        self._watchers.append(watcher)
         try:
-            yield engine_pb2.CacheEvents(reset=True, stored=list(self._cached))
             while True:
-                yield await events.get()
+                for events in await watcher.next_events():
+                    yield events
+                await asyncio.sleep(CACHE_NEWS_SECONDS)
         finally:
-            self._watchers.remove(events)
+            self._watchers.remove(watcher)
 
     async def Generate(
         self,
@@ -262,7 +265,7 @@ class Engine(engine_pb2_grpc.EngineServicer):
             del self._cached[block]
         if stored or removed:
             for watcher in self._watchers:
-                watcher.put_nowait(engine_pb2.CacheEvents(stored=stored, removed=removed))
+                watcher.apply(stored, removed)
         return min(hit, (len(prompt) - 1) // size) * size
 
 

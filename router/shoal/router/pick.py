@@ -153,8 +153,9 @@ def _soonest(
 ) -> tuple[list[float], float]:
     """Predicted seconds of each, `cached` beside them, and the prefill rate of those that have
     measured none."""
-    measured = [c.prefill_tokens_per_second for c in choice if c.prefill_tokens_per_second]
-    rate = sum(measured) / len(measured) if measured else DEFAULT_PREFILL_RATE
+    rates = [c.prefill_tokens_per_second for c in choice]
+    measured = len(rates) - rates.count(0.0)
+    rate = sum(rates) / measured if measured else DEFAULT_PREFILL_RATE
     seconds = [
         predicted_ttft(c, tokens - held, rate) for c, held in zip(choice, cached, strict=True)
     ]
@@ -169,14 +170,16 @@ def _prefix_aware(
     rng: random.Random,
 ) -> Candidate:
     seconds, rate = _soonest(choice, tokens, cached)
+    least = min(seconds)
     ranked = list(zip(seconds, cached, choice, strict=True))
     longest = max(cached)
     if longest:
         saved = longest / rate
-        limit = min(seconds) + min(settings.load_limit_seconds, 2 * saved)
+        limit = least + min(settings.load_limit_seconds, 2 * saved)
         enough = settings.affinity_share * longest
-        ranked = [entry for entry in ranked if entry[1] >= enough and entry[0] <= limit] or ranked
-    least = min(entry[0] for entry in ranked)
+        near = [entry for entry in ranked if entry[1] >= enough and entry[0] <= limit]
+        if near:
+            ranked, least = near, min(near)[0]
     tie = least + max(TIE_SECONDS, TIE_RATIO * least)
     return _least_in_flight([c for when, _, c in ranked if when <= tie], rng)
 
@@ -184,8 +187,9 @@ def _prefix_aware(
 def _least_in_flight(choice: Sequence[Candidate], rng: random.Random) -> Candidate:
     if len(choice) == 1:
         return choice[0]
-    least = min(c.in_flight for c in choice)
-    return rng.choice([c for c in choice if c.in_flight == least])
+    least = min([c.in_flight for c in choice])
+    least_busy = [c for c in choice if c.in_flight == least]
+    return least_busy[0] if len(least_busy) == 1 else rng.choice(least_busy)
 
 
 def _rendezvous(session: str, name: str) -> bytes:

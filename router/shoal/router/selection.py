@@ -80,13 +80,8 @@ class Selection:
         if self._settings.policy is RoutingPolicy.PREFIX_AWARE and len(able) > 1:
             cached = self._cached_tokens(piece, able)
         tokens = piece.tokens
-        demand = Demand(
-            tokens=tokens,
-            sequences=len(piece.indexes),
-            revision=revision or None,
-            session=piece.generation.request.session,
-            avoid=piece.failed_on,
-        )
+        session = piece.generation.request.session
+        demand = Demand(tokens, len(piece.indexes), revision or None, session, piece.failed_on)
         candidates = [replica.candidate() for replica in able]
         choice = pick(candidates, demand, cached, self._settings, self._rng, self._turn)
         self._seconds.add(perf_counter() - began)

@@ -7,11 +7,15 @@ STATE_KEY = "shoal.client"  # in the state of the request's ASGI scope
 
 
 class Wire(Protocol):
-    """Where a response goes, below ASGI."""
+    """Where a response goes, below ASGI. What it cannot do it refuses: False, nothing is sent,
+    and ASGI's `send`, which can wait for a client that reads slowly, has to do it."""
 
-    def write(self, piece: bytes) -> bool:
-        """Sends a piece of a chunked response that has begun, at once. False, and nothing is
-        sent, where only ASGI's `send` will do: it can wait for a client that reads slowly."""
+    def begin(self, headers: bytes, piece: bytes, *, more: bool) -> bool:
+        """Sends, at once, the head of a chunked response of status 200 and its first piece.
+        `headers`: lines that end with CR LF."""
+
+    def write(self, piece: bytes, *, more: bool) -> bool:
+        """Sends, at once, a piece of a chunked response that has begun."""
 
 
 class Client:

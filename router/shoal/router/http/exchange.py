@@ -176,11 +176,25 @@ class Exchange:
             }
         )
 
-    def write(self, piece: bytes) -> bool:
-        """Sends a piece of a body that has begun and goes on, without a wait. False, and nothing
-        is sent, where that cannot be: then `send` does it."""
+    async def begin(self, headers: Headers, piece: bytes, *, more: bool) -> None:
+        """`start` with status 200, and the first piece of the body."""
         wire = self._client.wire
-        return self.started and wire is not None and wire.write(piece)
+        if wire is not None and piece:
+            lines = b"".join([b"%b: %b\r\n" % header for header in headers])
+            whole = b"%bx-request-id: %b\r\n" % (lines, self.request_id)
+            # A value with a line break would be a header of its own.
+            if whole.count(b"\n") == len(headers) + 1 and wire.begin(whole, piece, more=more):
+                self.started = True
+                return
+        await self.start(200, headers)
+        if piece or not more:
+            await self.send(piece, more=more)
+
+    def write(self, piece: bytes, *, more: bool = True) -> bool:
+        """Sends a piece of a body that has begun, without a wait. False, and nothing is sent,
+        where that cannot be: then `send` does it."""
+        wire = self._client.wire
+        return self.started and wire is not None and wire.write(piece, more=more)
 
     def send(self, body: bytes, *, more: bool) -> Awaitable[None]:
         """One piece of the body. Waits while the client is slower than we are."""

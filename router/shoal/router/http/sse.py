@@ -192,12 +192,13 @@ async def stream(
         while not run.done:
             steps = await run.next(pass_on if exchange.started else None)
             body, rendered = rendered or render(steps), b""
-            if not exchange.started and steps:
-                await exchange.start(200, [*SSE, *run.headers()])
             if run.done:
-                await exchange.send(body + chunks.last(), more=False)
-            elif body:
-                await exchange.send(body, more=True)
+                body += chunks.last()
+            if not exchange.started:
+                if steps:
+                    await exchange.begin([*SSE, *run.headers()], body, more=not run.done)
+            elif body and not exchange.write(body, more=not run.done):
+                await exchange.send(body, more=not run.done)
     except (GenerationError, ApiError) as error:
         if not exchange.started:
             raise
