@@ -50,14 +50,14 @@ e2e-kubernetes: $(VENV)/dev.stamp ## the half of it on a cluster, which it start
 	@$(BIN)/python -m pytest e2e/kubernetes $(addprefix --ignore e2e/kubernetes/test_,$(APART)) $(E2E_FLAGS)
 
 # Minutes each, and figures rather than a gate: they have targets of their own.
-APART := thousand.py autoscaler.py driver.py groups.py rollouts.py
+APART := thousand.py autoscaler.py driver.py groups.py rollouts.py rollout_faults.py
 
 e2e-thousand: $(VENV)/dev.stamp ## a thousand services on a real Kubernetes: minutes, figures and goals
 	@$(BIN)/python -m pytest e2e/kubernetes/test_thousand.py
 
-e2e-rollouts: $(VENV)/dev.stamp ## SIGKILL at fifty moments of a canary, twice; canaries on a real Kubernetes
+e2e-rollouts: $(VENV)/dev.stamp ## SIGKILL at fifty moments of a canary, twice; canaries and their troubles on a real Kubernetes
 	@$(BIN)/python -m pytest e2e/test_rollout_kills.py
-	@$(BIN)/python -m pytest e2e/kubernetes/test_rollouts.py
+	@$(BIN)/python -m pytest e2e/kubernetes/test_rollouts.py e2e/kubernetes/test_rollout_faults.py
 
 e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler: the same load beside ours, and driving a service
 	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py e2e/kubernetes/test_driver.py
