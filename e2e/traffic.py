@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import httpx
 
@@ -19,6 +20,7 @@ class Answer:
     status: int  # 0: no answer came
     revision: str  # that answered; "" where none is named
     first: float  # seconds to the first token
+    prompt: str
     text: str
     error: str = ""
 
@@ -28,11 +30,14 @@ class Answer:
 
 
 class Traffic:
-    """`streams` clients, each with one request after the other."""
+    """`streams` clients, each with one request after the other: always another one, or the same
+    `prompts` in turn."""
 
-    def __init__(self, url: str, model: str, streams: int, tokens: int = 6) -> None:
+    def __init__(
+        self, url: str, model: str, streams: int, tokens: int = 6, prompts: int | None = None
+    ) -> None:
         self.answers: list[Answer] = []
-        self._url, self._model, self._tokens = url, model, tokens
+        self._url, self._model, self._tokens, self._prompts = url, model, tokens, prompts
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask_on, args=(number,)) for number in range(streams)
@@ -56,12 +61,21 @@ class Traffic:
         """Requests that went wrong, of all revisions but these."""
         return [a for a in list(self.answers) if not a.good and a.revision not in but]
 
+    def undisturbed(self, revision: str) -> dict[str, str]:
+        """What this revision answers to each prompt that was asked, while nothing happens."""
+        prompts = {answer.prompt for answer in self.answers}
+        with httpx.Client(timeout=60, headers={"x-shoal-revision": revision}) as client:
+            answers = [self._ask(client, prompt) for prompt in sorted(prompts)]
+        assert all(one.good and one.revision == revision for one in answers), answers
+        return {one.prompt: one.text for one in answers}
+
     def _ask_on(self, number: int) -> None:
         with httpx.Client(timeout=60) as client:
-            turn = 0
-            while not self._stop.is_set():
-                turn += 1
-                self.answers.append(self._ask(client, f"{number}, {turn},"))
+            for turn in count(1):
+                if self._stop.is_set():
+                    return
+                asked = turn % self._prompts if self._prompts else turn
+                self.answers.append(self._ask(client, f"{number}, {asked},"))
 
     def _ask(self, client: httpx.Client, prompt: str) -> Answer:
         body = {
@@ -88,7 +102,7 @@ class Traffic:
                         text += event["choices"][0]["text"] if event["choices"] else ""
         except httpx.HTTPError as broken:
             error = repr(broken)
-        return Answer(sent, status, revision, first, text, error)
+        return Answer(sent, status, revision, first, prompt, text, error)
 
 
 def revisions(answers: Sequence[Answer]) -> Counter[str]:
