@@ -15,6 +15,7 @@ the load generator on the other; prefix-aware policy with cache events on, SmolL
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
@@ -132,7 +133,7 @@ def wait_for(port: int, path: str) -> None:
 
 
 def prompts(size: int, max_tokens: int) -> Callable[[int], bytes]:
-    """Chat requests of `size` bytes of prompt each; no two begin alike."""
+    """Chat requests of `size` bytes of prompt each; no two begin alike, in whatever run."""
     rng = random.Random(size)
     texts = []
     for _ in range(100):
@@ -141,7 +142,10 @@ def prompts(size: int, max_tokens: int) -> Callable[[int], bytes]:
             text += " " + rng.choice(WORDS)
         texts.append(text)
 
-    def request(number: int) -> bytes:
+    numbers = itertools.count()
+
+    def request(_: int) -> bytes:
+        number = next(numbers)
         body = {
             "model": "bench",
             "messages": [{"role": "user", "content": f"{number:09}{texts[number % 100]}"}],
