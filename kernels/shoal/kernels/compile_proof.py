@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import shoal.kernels.gpu
+from shoal.kernels.gpu.configs import Table, Tunable, tables
 from shoal.kernels.gpu.variant import ARCHITECTURES, Variant
 
 
@@ -90,6 +91,42 @@ def variants_of(module: str) -> tuple[Variant, ...]:
     """The variants that kernels/gpu/<module>.py lists."""
     listed: tuple[Variant, ...] = _gpu_module(module).variants()
     return listed
+
+
+def tunables() -> tuple[Tunable, ...]:
+    """What the files of `shoal.kernels.gpu` list to be tuned."""
+    modules = [_gpu_module(name) for name in gpu_modules()]
+    return tuple(
+        tunable
+        for module in modules
+        if hasattr(module, "tunables")
+        for tunable in module.tunables()
+    )
+
+
+def tuned_variants(tables: Iterable[Table], known: Iterable[Tunable]) -> Iterator[Variant]:
+    """The compilations that tables ask for, each for its table's architecture.
+
+    Raises ValueError for a kernel that a table names and nobody lists.
+    """
+    by_name = {tunable.kernel: tunable for tunable in known}
+    for table in tables:
+        for kernel, entries in table.kernels.items():
+            if kernel not in by_name:
+                raise ValueError(f"the table of {table.device} tunes {kernel}, which is no kernel")
+            for entry in entries:
+                variant = by_name[kernel].variant(entry.shape, entry.config)
+                sizes = " ".join(f"{name}={size}" for name, size in entry.shape.items())
+                yield replace(
+                    variant,
+                    name=f"{variant.name} {sizes}, tuned on {table.device}",
+                    architectures=(_built_for(table.capability),),
+                )
+
+
+def _built_for(capability: int) -> int:
+    """The architecture of the proof whose code a device of this capability is closest to."""
+    return max((each for each in ARCHITECTURES if each <= capability), default=ARCHITECTURES[0])
 
 
 def _gpu_module(name: str) -> ModuleType:
@@ -192,13 +229,12 @@ def broken(compiled: Compiled) -> tuple[str, ...]:
 
 
 def build_all(
-    modules: Iterable[str], architectures: Sequence[int] = ARCHITECTURES
+    variants: Iterable[Variant], architectures: Sequence[int] = ARCHITECTURES
 ) -> Iterator[Compiled]:
-    for module in modules:
-        for variant in variants_of(module):
-            for architecture in architectures:
-                if architecture in variant.architectures:
-                    yield build(variant, architecture)
+    for variant in variants:
+        for architecture in architectures:
+            if architecture in variant.architectures:
+                yield build(variant, architecture)
 
 
 HEADINGS = ("variant", "sm", "registers", "stack", "shared", "blocks/SM", "products", "verdict")
@@ -227,7 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| " + " | ".join(HEADINGS) + " |")
     print("|" + "---|" * len(HEADINGS))
     failures = 0
-    for compiled in build_all(given.kernels or gpu_modules(), given.sm):
+    variants = [variant for name in given.kernels or gpu_modules() for variant in variants_of(name)]
+    if not given.kernels:
+        variants += tuned_variants(tables(), tunables())
+    for compiled in build_all(variants, given.sm):
         print("| " + " | ".join(row(compiled)) + " |", flush=True)
         failures += bool(broken(compiled))
     if failures:
