@@ -1,15 +1,19 @@
 """Canaries of the embedded model on a cluster, and what is looked at all the time meanwhile."""
 
 import json
+import re
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
+from e2e.cluster import platform
 from e2e.cluster.command import wait_for
 from e2e.cluster.kube import Kube, Object
 from e2e.cluster.layout import ClusterError
+from e2e.cluster.platform import Platform
 from e2e.cluster.services import service, settled
 from shoal.operator.metadata import routes_name
 
@@ -118,3 +122,16 @@ def first_revision(kube: Kube, namespace: str, watch: Watch, replicas: int = 1) 
     kube.apply(namespace, revised(512, replicas))
     wait_for("the first revision", 180, lambda: settled(kube, namespace, NAME, replicas), every=0.5)
     return watch.active()
+
+
+def server_errors(shoal: Platform, namespace: str) -> Counter[str]:
+    """By revision, the requests of the service that routers ended with a server's error."""
+    series = re.compile(
+        r'shoal_requests_total\{code="5\d\d",revision="(\w*)",service="([^"]*)"\} (\d+)'
+    )
+    found: Counter[str] = Counter()
+    for router in shoal.kube.list("pods", platform.NAMESPACE, platform.ROUTER):
+        path = f"/api/v1/namespaces/{platform.NAMESPACE}/pods/{router['metadata']['name']}"
+        for revision, name, number in series.findall(shoal.kube.raw(f"{path}:8000/proxy/metrics")):
+            found[revision] += int(number) if namespace in name else 0
+    return +found
