@@ -22,7 +22,7 @@ INT8_LIMIT = 127.0
 FP8_LIMIT = 448.0
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NATIVE_FP8 = (8, 9)  # first compute capability that converts and multiplies float8_e4m3fn
-_SMALLEST = 1e-12  # magnitude below which a scale does not follow, so that none is zero
+SMALLEST = 1e-12  # magnitude below which a scale does not follow, so that none is zero
 _WIDEST = 16384  # columns that one program holds in registers
 
 
@@ -171,7 +171,7 @@ def quantize_rows(
             columns,
             x.stride(0),
             LIMIT=INT8_LIMIT if dtype == torch.int8 else FP8_LIMIT,
-            SMALLEST=_SMALLEST,
+            SMALLEST=SMALLEST,
             INTEGER=dtype == torch.int8,
             NATIVE=native,
             BLOCK=block,
@@ -208,7 +208,7 @@ def quantize_groups(
             groups,
             x.stride(0),
             LIMIT=INT8_LIMIT if dtype == torch.int8 else FP8_LIMIT,
-            SMALLEST=_SMALLEST,
+            SMALLEST=SMALLEST,
             INTEGER=dtype == torch.int8,
             NATIVE=native,
             GROUP=GROUP,
@@ -225,7 +225,7 @@ def quantize_reference(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tenso
     groups = -(-columns // group)
     padded = torch.nn.functional.pad(x.float(), (0, groups * group - columns))
     grouped = padded.view(len(x), groups, group)
-    scales = grouped.abs().amax(-1).clamp_min(_SMALLEST) / limit
+    scales = grouped.abs().amax(-1).clamp_min(SMALLEST) / limit
     scaled = (grouped / scales.unsqueeze(-1)).clamp(-limit, limit)
     if dtype == torch.int8:
         scaled = scaled.round()
@@ -254,7 +254,7 @@ def variants() -> tuple[Variant, ...]:
             },
             constants={
                 "LIMIT": INT8_LIMIT if integer else FP8_LIMIT,
-                "SMALLEST": _SMALLEST,
+                "SMALLEST": SMALLEST,
                 "INTEGER": integer,
                 "NATIVE": native,
                 "BLOCK": 4096,
@@ -276,7 +276,7 @@ def variants() -> tuple[Variant, ...]:
         },
         constants={
             "LIMIT": FP8_LIMIT,
-            "SMALLEST": _SMALLEST,
+            "SMALLEST": SMALLEST,
             "INTEGER": False,
             "NATIVE": False,
             "GROUP": GROUP,
