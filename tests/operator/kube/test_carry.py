@@ -68,6 +68,16 @@ def test_children_come_once_the_plan_is_done() -> None:
     assert applier.did[2:] == ["Service", "PodMonitor", "prune"]
 
 
+def test_children_come_along_with_records() -> None:
+    """What is only written down changes nothing that they are made for."""
+    applier = Recorder()
+    assert carry(applier, ForgetRevision("r")) == Outcome(acted=True, recorded=True)
+    assert applier.did == ["ForgetRevision", "Service", "PodMonitor", "prune"]
+    refusing = Recorder(Service=Refused("no"))
+    outcome = carry(refusing, ForgetRevision("r"))
+    assert outcome == Outcome(acted=True, missing="no", recorded=True)
+
+
 def test_a_plan_stops_at_what_fails() -> None:
     """Any prefix of it is safe; what was refused is told, and what was done is followed up."""
     applier = Recorder(ForgetRevision=Refused("no"))

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 
 from shoal.api.types import AutoscalingStatus, InferenceServiceStatus
+from shoal.operator.canary import Course
 from shoal.operator.kube.outcome import (
     DRAIN_SECONDS,
     REFUSED_SECONDS,
     Next,
     Outcome,
+    leads_on,
     next_look,
     waits_for_routers,
 )
-from shoal.operator.observe import Observed, ObservedPod, RouterView, ScalingView
+from shoal.operator.observe import Observed, ObservedPod, RouterView, ScalingView, TrialView
 from shoal.operator.plan import Plan
 from shoal.operator.scaler import LOOK_SECONDS
 
@@ -43,6 +45,19 @@ def test_the_soonest_reason_counts(
 ) -> None:
     """What is refused is tried again now and then, what goes on is followed."""
     assert next_look(observed, decided, outcome) == Next(after=after)
+
+
+def test_records_lead_on_where_somebody_acts_on_them() -> None:
+    """Whoever acted looks again; who only wrote down does where routers or a trial go by it."""
+    assert leads_on(Observed(), NOTHING, Outcome(acted=True))
+    assert not leads_on(Observed(), NOTHING, Outcome())
+    written = Outcome(acted=True, recorded=True)
+    assert not leads_on(Observed(pods=(POD,)), NOTHING, written)
+    admission = replace(NOTHING, status=InferenceServiceStatus(ready_replicas=1))
+    assert leads_on(Observed(routers=(RouterView(1),)), admission, written)
+    assert not leads_on(Observed(), admission, written), "there is nobody to ask"
+    trial = TrialView(Course(None), None, None, "")
+    assert leads_on(Observed(trial=trial), NOTHING, written)
 
 
 def test_routers_are_waited_for_while_they_have_something_to_say() -> None:

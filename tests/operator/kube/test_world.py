@@ -192,9 +192,14 @@ def test_what_goes_on_may_wait_and_what_ends_may_not() -> None:
     assert told.pop("default/chat") == 0.0
     f.saw(PODS, pod(version=3))
     assert 0.0 < told.pop("default/chat") < 0.5
-    ending = pod(version=4)
+    placed = pod(version=4)
+    placed["spec"] = {"nodeName": "n1"}
+    placed["status"] = {"phase": "Pending"}
+    f.saw(PODS, placed)
+    assert told.pop("default/chat") == 1.0, "its node will say more in a moment"
+    ending = pod(version=5)
     ending["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
     f.saw(PODS, ending)
     assert told.pop("default/chat") == 0.0
-    f.lost(PODS, pod(version=5))
+    f.lost(PODS, pod(version=6))
     assert told.pop("default/chat") == 0.0

@@ -1,8 +1,9 @@
 """Carries out what a look decided, as far as it goes.
 
 First the plan's actions in their order, up to the first that fails: any prefix of a plan is safe.
-The children come with the look that finds no action left, each by itself: neither a monitor that
-a webhook refuses nor a budget whose name is taken holds up a drain, a route table or a replacement.
+The children come with the look that finds no action left, or none but what is only written down,
+each by itself: neither a monitor that a webhook refuses nor a budget whose name is taken holds up a
+drain, a route table or a replacement.
 """
 
 import logging
@@ -10,12 +11,21 @@ from collections.abc import Awaitable, Collection
 from typing import Final
 
 from shoal.api.types import InferenceService
-from shoal.operator.actions import Action, CreatePod
+from shoal.operator.actions import (
+    Action,
+    CreatePod,
+    ForgetRevision,
+    SaveRevision,
+    WriteRoutes,
+)
 from shoal.operator.kube.applier import Applier, Json, NotYet, Refused
 from shoal.operator.kube.errors import ApiError
 from shoal.operator.kube.outcome import Outcome
 
 log: Final = logging.getLogger(__name__)
+
+# They leave every pod as it is, and children are made for pods.
+_RECORDS: Final = (WriteRoutes, SaveRevision, ForgetRevision)
 
 
 class _Troubles:
@@ -54,7 +64,7 @@ async def carry_out(
     *,
     group_token: bool,
 ) -> Outcome:
-    """Performs `actions`; brings about `children` where there was nothing to perform.
+    """Performs `actions`; brings about `children` where these were no more than records.
     `group_token`: pods of a group share one, which is there before they are."""
     troubles, done = _Troubles(), 0
     adopted = False
@@ -71,7 +81,8 @@ async def carry_out(
                 break
             done += 1
     rejected = "; ".join(troubles.refused) or None
-    if done:
+    recorded = done == len(actions) and all(isinstance(action, _RECORDS) for action in actions)
+    if done and not recorded:
         return Outcome(True, rejected, again=troubles.again, error=troubles.error)
     troubles.refused.clear()
     for child in children:
@@ -81,7 +92,7 @@ async def carry_out(
     if not troubles.unreachable:
         await troubles.survive(applier.prune(service, children))
     missing = "; ".join(troubles.refused) or None
-    return Outcome(False, rejected, missing, troubles.again, troubles.error)
+    return Outcome(bool(done), rejected, missing, troubles.again, troubles.error, recorded=done > 0)
 
 
 def _joins_a_group(action: Action) -> bool:

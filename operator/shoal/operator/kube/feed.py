@@ -15,6 +15,7 @@ from shoal.operator.kube.world import Key, World
 Json = Mapping[str, Any]
 
 _GOES_ON_SECONDS: Final = 0.2
+_PLACED_SECONDS: Final = 1.0
 
 
 class Feed:
@@ -34,7 +35,7 @@ class Feed:
             return
         self._read(kind, service)
         if not idle:
-            self._wake(service, 0.0 if _urgent(kind, live) else _GOES_ON_SECONDS)
+            self._wake(service, _patience(kind, live))
 
     def lost(self, kind: Kind, gone: Json) -> None:
         """A watch or a list shows that an object is gone, as of its resource version."""
@@ -104,6 +105,15 @@ class Feed:
                     self._wake(service, 0.0)
 
 
-def _urgent(kind: Kind, live: Json) -> bool:
-    """What a person asks for, and what begins to end."""
-    return kind is INFERENCE_SERVICES or "deletionTimestamp" in live["metadata"]
+def _patience(kind: Kind, live: Json) -> float:
+    """Seconds that a look may wait: none for what a person asks for, and what begins to end."""
+    if kind is INFERENCE_SERVICES or "deletionTimestamp" in live["metadata"]:
+        return 0.0
+    return _PLACED_SECONDS if kind is PODS and _just_placed(live) else _GOES_ON_SECONDS
+
+
+def _just_placed(pod: Json) -> bool:
+    """It has a node, which has not begun with it: it will say so in a moment."""
+    status = pod.get("status") or {}
+    begun = status.get("phase") != "Pending" or status.get("startTime")
+    return "nodeName" in (pod.get("spec") or {}) and not begun

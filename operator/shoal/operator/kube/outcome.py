@@ -22,6 +22,7 @@ class Outcome:
     missing: str | None = None  # why a child is not as it should be
     again: float | None = None  # seconds after which what is waited for may have ended
     error: ApiError | None = None  # what may go away by itself
+    recorded: bool = False  # what was done is that records were written; the children came along
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,14 @@ def next_look(observed: Observed, decided: Plan, outcome: Outcome) -> Next:
         TRIAL_SECONDS if observed.trial is not None else None,
     )
     return Next(after=min((seconds for seconds in waits if seconds is not None), default=None))
+
+
+def leads_on(observed: Observed, decided: Plan, outcome: Outcome) -> bool:
+    """Whether what was done may soon lead to something by itself. Records are written down, and
+    that is all, unless routers act on them, or a trial goes by them."""
+    if not outcome.recorded:
+        return outcome.acted
+    return observed.trial is not None or waits_for_routers(observed, decided)
 
 
 def waits_for_routers(observed: Observed, decided: Plan) -> bool:

@@ -195,6 +195,7 @@ class _Operator:
                 url=f"{settings.router_url}/v1" if settings.router_url else None,
                 knows=self._relister.knows,
                 wall=time.time,
+                crowd=self._crowd,
                 scaler_address=settings.scaler_address,
             ),
         )
@@ -334,6 +335,9 @@ class _Operator:
 
     def _queued(self) -> int:
         return len(self._queue)
+
+    def _crowd(self) -> bool:
+        return self._workers.crowd()
 
     def _wake(self, key: str, delay: float = 0.0) -> None:
         if self._works:

@@ -19,7 +19,8 @@ from shoal.operator.kube.events import EventPoster
 from shoal.operator.kube.kinds import INFERENCE_SERVICES, POD_MONITORS, PODS, Kind
 from shoal.operator.kube.news import news, pod_news
 from shoal.operator.kube.observing import observe, read_status
-from shoal.operator.kube.outcome import Next, Outcome, next_look, waits_for_routers
+from shoal.operator.kube.outcome import Next, Outcome, leads_on, next_look, waits_for_routers
+from shoal.operator.kube.patience import portion
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.routers import RouterFleet
 from shoal.operator.kube.verdicts import incomplete_status, unreadable_status
@@ -42,6 +43,7 @@ class Surroundings:
     url: str | None  # of the OpenAI API
     knows: Callable[[Kind], bool]  # whether the cluster knows an optional kind
     wall: Callable[[], float]
+    crowd: Callable[[], bool]  # whether many services have something to be done
     scaler_address: str = ""  # where KEDA finds the operator
 
 
@@ -102,11 +104,14 @@ class Reconciler:
         decided = self._plan(service, observed)
         self._fleet.under_way(key, waits_for_routers(observed, decided))
         self._fleet.scales(key, observed.scaling is not None or observed.trial is not None)
-        platform = self._around.platform
+        platform, around = self._around.platform, self._around
+        now = portion(service, observed, decided, around.wall(), crowd=around.crowd())
+        if now.wait is not None and not now.actions:
+            return Next(after=now.wait)
         outcome = await carry_out(
             self._applier,
             service,
-            decided.actions,
+            now.actions,
             desired_children(
                 service,
                 observed,
@@ -118,7 +123,9 @@ class Reconciler:
             group_token=platform.multi_node and needs_group_token(service, observed, platform.pods),
         )
         news = self._note_rejection(key, service, outcome)
-        if outcome.error is None and (outcome.acted or news):
+        if now.wait is not None and outcome == Outcome(acted=True):
+            return Next(after=now.wait)
+        if outcome.error is None and (news or leads_on(observed, decided, outcome)):
             # What was done is seen already, and there may be more to do. The look that finds
             # nothing more tells how it stands.
             return Next(acted=True)

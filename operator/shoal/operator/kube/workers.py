@@ -15,6 +15,7 @@ log: Final = logging.getLogger(__name__)
 _SETTLE_SECONDS: Final = 0.25  # what was done comes to its end, or to its next step
 _SOON: Final = 5  # looks in a row that may follow each other so soon
 _PATIENT_SECONDS: Final = 1.0
+_CROWD: Final = 4  # times as many could be at work
 
 
 class Workers:
@@ -46,6 +47,10 @@ class Workers:
         """Seconds that the oldest look under way has taken so far."""
         began = min((at for _, at in self._running.values()), default=None)
         return 0.0 if began is None else self._clock() - began
+
+    def crowd(self) -> bool:
+        """Whether many services are looked at right now."""
+        return len(self._running) * _CROWD >= self._limit
 
     async def run(self) -> None:
         """Works until it is cancelled; then nothing that it began goes on."""
