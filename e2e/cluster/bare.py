@@ -34,11 +34,10 @@ _REVISIONS: Final = "/apis/apps/v1/namespaces/{}/controllerrevisions"
 class _Texts:
     """A service's objects as JSON, with a name and a uid to be replaced."""
 
-    routes: bytes
     record: bytes
     pod: bytes
     names: bytes
-    served: bytes  # the routes once the pod is there
+    routes: bytes  # once the pod is there
     status: bytes
 
     def of(self, field: str, name: str, uid: str) -> Object:
@@ -59,7 +58,6 @@ async def make_all(api: DirectApi, namespace: str, count: int, at_once: int) -> 
         async with room:
             made = await api.create(_SERVICES.format(namespace), _service(name))
             uid = str(made["metadata"]["uid"])
-            await api.create(_CORE.format(namespace) + "configmaps", texts.of("routes", name, uid))
             await api.create(_REVISIONS.format(namespace), texts.of("record", name, uid))
             pod = texts.of("pod", name, uid)
             started_pods[pod["metadata"]["name"]] = asyncio.Event()
@@ -70,7 +68,7 @@ async def make_all(api: DirectApi, namespace: str, count: int, at_once: int) -> 
     async def end(name: str, uid: str) -> None:
         async with room:
             core = _CORE.format(namespace)
-            await api.apply(f"{core}configmaps/{name}-routes", texts.of("served", name, uid))
+            await api.create(core + "configmaps", texts.of("routes", name, uid))
             await api.create(core + "services", texts.of("names", name, uid))
             status = texts.of("status", name, uid)
             await api.apply(f"{_SERVICES.format(namespace)}/{name}/status", status)
@@ -103,20 +101,18 @@ def _texts(namespace: str) -> _Texts:
     service = parse_document(document)
     first = plan(service, Observed(), time.time())
     found = {type(action): action for action in first.actions}
-    routes, record, pod = found[WriteRoutes], found[SaveRevision], found[CreatePod]
-    assert isinstance(routes, WriteRoutes)
+    record, pod = found[SaveRevision], found[CreatePod]
     assert isinstance(record, SaveRevision)
     assert isinstance(pod, CreatePod)
     running = ObservedPod(
         pod.pod.name, pod.pod.revision, 0, time.time(), address=_ADDRESS, ready=True
     )
-    observed = Observed(pods=(running,), table=routes.table, revisions=(record.revision,))
+    observed = Observed(pods=(running,), revisions=(record.revision,))
     last = plan(service, observed, time.time())
     served = next(action for action in last.actions if isinstance(action, WriteRoutes))
     status = last.status.model_dump(by_alias=True, mode="json", exclude_none=True)
     return _Texts(
         *_dumped(
-            routes_config_map(service, routes.table),
             controller_revision(service, record.revision),
             pod.pod.manifest,
             desired_children(service, observed, monitors=False)[0],

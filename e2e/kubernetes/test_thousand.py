@@ -40,6 +40,11 @@ CHILDREN: Final = (
 )
 ROOT_CERTIFICATE: Final = 1  # the ConfigMap that the cluster puts into every namespace
 _T = TypeVar("_T")
+_CONTROL_PLANE: Final = (
+    *("kube-apiserver", "etcd", "kube-controller-manager", "kube-scheduler", "kwok"),
+)
+_IDLE: Final = "idle"  # of the machine
+_EVERYTHING: Final = "all programs"
 WRITES: Final = ("POST", "PUT", "PATCH", "DELETE", "APPLY")
 # What the operator writes, events left out: kubelets write them too.
 _WRITTEN: Final = (
@@ -72,17 +77,18 @@ class Crowd:
         return [pod["metadata"]["name"] for pod in self.shoal.operators()]
 
     def processes(self) -> dict[str, float]:
-        """Seconds of processor time so far, of the control plane's programs and the operators."""
+        """As `control_plane`, and of the operators."""
+        operators = zip(("leader", "standby"), self.operators(), strict=False)
+        return self.control_plane() | {name: _seconds(process) for name, process in operators}
+
+    def control_plane(self) -> dict[str, float]:
+        """Seconds of processor time so far, of what any cluster runs, and of all programs here."""
         assert self.bed.layout is not None
         records = Processes(self.bed.layout)
-        found = {
-            name: psutil.Process(records.pid(name))
-            for name in ("kube-apiserver", "etcd", "kube-controller-manager", "kube-scheduler")
-        }
-        found["kwok"] = psutil.Process(records.pid("kwok"))
-        for place, process in zip(("leader", "standby"), self.operators(), strict=False):
-            found[place] = process
-        return {name: sum(process.cpu_times()[:2]) for name, process in found.items()}
+        found = {name: _seconds(psutil.Process(records.pid(name))) for name in _CONTROL_PLANE}
+        times = psutil.cpu_times()
+        used = times.user + times.nice + times.system + times.irq + times.softirq
+        return {**found, _IDLE: times.idle + times.iowait, _EVERYTHING: used}
 
     def memory(self) -> float:
         """MiB that the leading operator has resident."""
@@ -115,13 +121,14 @@ def crowd(cluster: Testbed, shoal: Platform, report: Report, say: Say) -> Iterat
 
 def test_a_thousand_services_are_reconciled(crowd: Crowd) -> None:
     """All have what belongs to them and a status of their present spec."""
-    before = crowd.processes()
+    before, asked = crowd.processes(), crowd.run(_asked)
     created, done = crowd.run(lambda api: _create_all(api, crowd.namespace))
-    after = crowd.processes()
-    spent = {name: round(after[name] - before[name], 1) for name in after}
+    spent = _difference(before, crowd.processes())
+    writes = (crowd.run(_asked) - asked) / COUNT
     crowd.row("all created (the test's own requests)", f"{created:.1f} s")
     crowd.row("all reconciled, from the first's creation", f"{done:.1f} s", "30 s")
-    crowd.row("processor time until then", ", ".join(f"{k} {v} s" for k, v in spent.items()))
+    crowd.row("processor time until then", spent)
+    crowd.row("writing requests a service, of everybody", f"{writes:.1f}")
     crowd.row("operator: resident memory", f"{crowd.memory():.0f} MiB", "150 MiB")
 
 
@@ -176,12 +183,25 @@ def test_the_same_objects_without_an_operator(crowd: Crowd) -> None:
     kube.kubectl(*operators, "--replicas=0")
     try:
         wait_for("the operators' end", 60, lambda: not crowd.shoal.operators())
+        before, asked = crowd.control_plane(), crowd.run(_asked)
         took = crowd.run(partial(make_all, namespace=namespace, count=COUNT, at_once=AT_ONCE))
+        spent = _difference(before, crowd.control_plane())
+        writes = (crowd.run(_asked) - asked) / COUNT
         crowd.row("the same objects made by a loop, no operator", f"{took:.1f} s")
+        crowd.row("the loop: processor time", spent)
+        crowd.row("the loop: writing requests a service", f"{writes:.1f}")
         kube.kubectl("delete", "infs", "--all", "-n", namespace, "--wait=false", seconds=300)
         kube.kubectl("delete", "namespace", namespace, "--wait=true", seconds=400)
     finally:
         kube.kubectl(*operators, "--replicas=2")
+
+
+def _seconds(process: psutil.Process) -> float:
+    return float(sum(process.cpu_times()[:2]))
+
+
+def _difference(before: dict[str, float], after: dict[str, float]) -> str:
+    return ", ".join(f"{name} {after[name] - before[name]:.1f} s" for name in after)
 
 
 def _ready_nodes(nodes: list[Object]) -> bool:
@@ -245,6 +265,19 @@ async def _writes(api: DirectApi) -> float:
             and ('subresource=""' in line or 'resource="inferenceservices"' in line)
             and any(f'verb="{verb}"' in line for verb in WRITES)
             and any(f'resource="{it}"' in line for it in _WRITTEN)
+        )
+
+    return sum(metrics_of(await api.text("/metrics"), counts).values())
+
+
+async def _asked(api: DirectApi) -> float:
+    """Writing requests that the API server has served, leases left out."""
+
+    def counts(line: str) -> bool:
+        return (
+            line.startswith("apiserver_request_total{")
+            and any(f'verb="{verb}"' in line for verb in WRITES)
+            and 'resource="leases"' not in line
         )
 
     return sum(metrics_of(await api.text("/metrics"), counts).values())
