@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := .boot/bin/uv
 
-.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-local e2e-kubernetes e2e-rollouts e2e-thousand e2e-ranks e2e-autoscaler images
+.PHONY: help demo test lint verify generate bench bench-router clean e2e e2e-local e2e-kubernetes e2e-rollouts e2e-thousand e2e-ranks e2e-autoscaler images gpu-test gpu-bench
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,7 +50,7 @@ e2e-kubernetes: $(VENV)/dev.stamp ## the half of it on a cluster, which it start
 	@$(BIN)/python -m pytest e2e/kubernetes $(addprefix --ignore e2e/kubernetes/test_,$(APART)) $(E2E_FLAGS)
 
 # Minutes each, and figures rather than a gate: they have targets of their own.
-APART := thousand.py autoscaler.py driver.py groups.py rollouts.py rollout_faults.py
+APART := thousand.py autoscaler.py driver.py groups.py rollouts.py rollout_faults.py load_step.py
 
 e2e-thousand: $(VENV)/dev.stamp ## a thousand services on a real Kubernetes: minutes, figures and goals
 	@$(BIN)/python -m pytest e2e/kubernetes/test_thousand.py
@@ -59,8 +59,9 @@ e2e-rollouts: $(VENV)/dev.stamp ## SIGKILL at fifty moments of a canary, twice; 
 	@$(BIN)/python -m pytest e2e/test_rollout_kills.py
 	@$(BIN)/python -m pytest e2e/kubernetes/test_rollouts.py e2e/kubernetes/test_rollout_faults.py
 
-e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler: the same load beside ours, and driving a service
-	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py e2e/kubernetes/test_driver.py
+e2e-autoscaler: $(VENV)/dev.stamp ## Kubernetes' own autoscaler: the same load beside ours, and driving a service; a load step
+	@$(BIN)/python -m pytest e2e/kubernetes/test_autoscaler.py e2e/kubernetes/test_driver.py \
+	  e2e/kubernetes/test_load_step.py
 
 e2e-ranks: $(VENV)/dev.stamp ## groups over three hosts, each failure three times; groups over pods
 	@SHOAL_E2E_TRIALS=3 $(BIN)/python -m pytest e2e/ranks
@@ -90,6 +91,20 @@ bench: $(VENV)/dev.stamp ## W1 to W4 against the peers that are installed; resul
 
 bench-router: $(VENV)/dev.stamp ## router overhead against a worker that answers at once
 	$(BIN)/python -m bench.router
+
+# On a machine with a GPU, whose Python has torch, triton, transformers, pytest and hypothesis: from
+# the source tree alone, with nothing installed.
+GPU_PYTHON ?= python3
+GPU_SECONDS ?= 270
+GPU_PATH := .:api:kernels:worker:router:operator:cli
+GPU_RUN := PYTHONPATH=$(GPU_PATH) TRITON_DEFAULT_FP_FUSION=1 $(GPU_PYTHON)
+
+gpu-test: ## the kernels against their oracles and the engine against transformers, on a GPU
+	@$(GPU_RUN) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch of $(GPU_PYTHON) finds no GPU here. Where another one does: make gpu-test GPU_PYTHON=/path/to/python3")'
+	@$(GPU_RUN) -m pytest -W ignore::pytest.PytestConfigWarning tests/gpu
+
+gpu-bench: ## kernels and models on a GPU beside its limits, in GPU_SECONDS; results under bench/results
+	@$(GPU_RUN) -m bench.gpu --seconds $(GPU_SECONDS)
 
 clean: ## remove the environments and caches, and the test cluster if one runs
 	@test ! -e e2e/cluster/.run || $(BIN)/python -m e2e.cluster down
