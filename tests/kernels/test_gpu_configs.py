@@ -1,11 +1,16 @@
 """Tables of tuned configurations: looked up, written, read again, measured and compiled."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("torch has no Triton on this platform", allow_module_level=True)
+
 from triton.runtime.errors import OutOfResources
 
 from shoal.kernels.compile_proof import tuned_variants

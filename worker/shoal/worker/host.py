@@ -4,8 +4,6 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-import psutil
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -40,6 +38,8 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
 
 def available_memory(cgroup: Path = _CGROUP) -> int:
     """Bytes that can still be allocated without swapping or passing the control group's limit."""
+    import psutil  # here, so that a model on a GPU computes where psutil is not installed
+
     available = int(psutil.virtual_memory().available)
     limit, used = _read(cgroup / "memory.max"), _read(cgroup / "memory.current")
     if limit.isdigit() and used.isdigit():
@@ -49,6 +49,8 @@ def available_memory(cgroup: Path = _CGROUP) -> int:
 
 def resident_memory() -> int:
     """Bytes of this process that are in memory now."""
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 
