@@ -1,8 +1,8 @@
 """Engine settings: one dataclass, filled from flags, from `LLM(...)` or from a pod's arguments.
 
-Every field is a flag of `python -m shoal.worker` (kebab-case there). All but `backend`,
-which is for comparing, and `memory_limit_bytes`, which is `spec.resources.memory`, are keys of
-`spec.engine` (camelCase there) and flags of `shoal serve`.
+Every field is a flag of `python -m shoal.worker` (kebab-case there). All but `device` and
+`backend`, which are for comparing, and `memory_limit_bytes`, which is `spec.resources.memory`, are
+keys of `spec.engine` (camelCase there) and flags of `shoal serve`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_prefill_tokens: int | None = None  # of one request in one step; None: half the budget
     threads: int | None = None  # of the CPU backend; None: the cores this process may use
-    backend: str = "auto"  # auto | native | torch; auto: native where it can compute the model
+    device: str = "auto"  # auto | cpu | cuda; auto: a GPU where there is one
+    # auto | native | torch, of a CPU: native where it can compute the model | triton, of a GPU
+    backend: str = "auto"
     memory_limit_bytes: int | None = None  # of the process on a CPU; None: what is available
 
 

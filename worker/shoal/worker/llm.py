@@ -246,9 +246,9 @@ class _ProgressLine:
 
 def _executor(path: Path, config: EngineConfig, parallel: ParallelConfig) -> Executor:
     if parallel.in_process:
-        from shoal.worker.runner import create_executor
+        from shoal.worker.in_process import create_in_process
 
-        return create_executor(path, config, lambda phase, seconds: None)
+        return create_in_process(path, config, lambda phase, seconds: None)
     from shoal.worker.parallel.create import create_group
 
     return create_group(path, config, parallel, lambda phase, seconds: None)

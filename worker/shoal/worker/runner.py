@@ -32,7 +32,7 @@ from shoal.worker.step import PromptLogprobs, Row, Sampled, SlotInit, StepPlan, 
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 8192
-BACKENDS = ("auto", "native", "torch")
+BACKENDS = ("auto", "native", "torch", "triton")
 QUANTIZATIONS = ("auto", "none", "int8")
 _WARM_UP_TOKENS = 64
 
@@ -222,8 +222,8 @@ def create_executor(
     clock: Callable[[], float] = time.perf_counter,
     packed: Path | None = None,
 ) -> InProcessExecutor:
-    """Loads the model at `path` (a .gguf file, or a folder of config.json and safetensors).
-    `packed`: folder where packed weights are kept from one start to the next.
+    """Loads the model at `path` (a .gguf file, or a folder of config.json and safetensors), to be
+    computed on the CPU. `packed`: folder where packed weights are kept from one start to the next.
 
     `progress` is called with the name and seconds of each phase when it has ended: load, pack,
     kv, warm-up. Sets torch's threads, for the process. Raises WeightError for a checkpoint that

@@ -19,6 +19,7 @@ from shoal.worker.sources import Progress, default_cache_dir, resolve
 from shoal.worker.swap import Swapper, Text
 
 if TYPE_CHECKING:
+    from shoal.worker.gpu.executor import GpuExecutor
     from shoal.worker.parallel.driver import GroupExecutor
     from shoal.worker.runner import InProcessExecutor
 
@@ -115,7 +116,7 @@ def load(
         )
     with phases.phase("import"):
         if parallel.in_process:
-            import shoal.worker.runner  # noqa: F401  # brings torch, which takes its time
+            import shoal.worker.in_process  # noqa: F401  # brings torch, which takes its time
         from shoal.worker.tokenizer import default_sampling, load_tokenizer
     with phases.phase("tokenizer"):
         tokenizer = load_tokenizer(files.path)
@@ -166,13 +167,13 @@ def _executor(
     parallel: ParallelConfig,
     phases: Phases,
     log_format: str,
-) -> "InProcessExecutor | GroupExecutor":
+) -> "InProcessExecutor | GpuExecutor | GroupExecutor":
     if parallel.in_process:
-        from shoal.worker.runner import create_executor
+        from shoal.worker.in_process import create_in_process
 
         folder = (choice.cache_dir or default_cache_dir()) / "packed"
         packed = folder if choice.packed_cache else None
-        return create_executor(path, config, phases.over, packed=packed)
+        return create_in_process(path, config, phases.over, packed=packed)
     from shoal.worker.parallel.create import create_group
 
     return create_group(

@@ -24,6 +24,12 @@ def create_group(
     """Starts the ranks and returns once they serve. `path` is the model here, `uri` and the rest
     where other nodes get it from. Raises ValueError for what they cannot serve, DeviceLost where
     they cannot be started."""
+    if config.device == "cuda" or config.backend == "triton":
+        raise ValueError(
+            f"device is {config.device} and backend {config.backend}, but a model that is divided "
+            f"over ranks ({parallel.tensor} x {parallel.pipeline}) is computed on CPUs: choose "
+            "tensor 1 and pipeline 1, or device cpu"
+        )
     cache = None if cache_dir is None else str(cache_dir)
     order = Order(str(path), uri or str(path), model_revision, cache, config)
     launcher = _launcher(parallel, log_format)
