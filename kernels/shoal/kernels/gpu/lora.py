@@ -190,11 +190,11 @@ def lora_workspace(rows: int, hidden: int, rank: int, device: torch.device) -> T
 
 
 def _most_splits(hidden: int) -> int:
-    return max(1, min(16, triton.cdiv(hidden, 4 * _STEP)))
+    return max(1, min(16, -(-hidden // (4 * _STEP))))
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def add_lora(
