@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import yaml
 
 from e2e import tools
 from e2e.cluster.command import run, wait_for
+from e2e.cluster.reading import Reader, open_reader, path_of
 
 T = TypeVar("T")
 Object = dict[str, Any]
@@ -19,12 +21,17 @@ Object = dict[str, Any]
 HELM_SECONDS = 300.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kube:
-    """Whoever `kubeconfig` names. All errors are ClusterError with what the command said."""
+    """Whoever `kubeconfig` names. All errors are ClusterError with what the command or the server
+    said."""
 
     kubeconfig: Path
     environ: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def _reader(self) -> Reader | None:
+        return None if self.environ else open_reader(self.kubeconfig)
 
     def kubectl(self, *arguments: str | Path, stdin: str | None = None, seconds: float = 60) -> str:
         """Standard output of kubectl."""
@@ -54,11 +61,18 @@ class Kube:
             self.kubectl("apply", "-n", namespace, "-f", "-", stdin=text, seconds=300)
 
     def get(self, kind: str, name: str, namespace: str | None = None) -> Object:
+        path = path_of(kind, namespace, name)
+        if path is not None and self._reader is not None:
+            return self._reader.json(path)
         found: Object = json.loads(self.kubectl("get", kind, name, *_in(namespace), "-o", "json"))
         return found
 
     def list(self, kind: str, namespace: str | None = None, selector: str = "") -> list[Object]:
         """Of all namespaces where none is named."""
+        path = path_of(kind, namespace, selector=selector)
+        if path is not None and self._reader is not None:
+            found: list[Object] = self._reader.json(path)["items"]
+            return found
         where = _in(namespace) or ["--all-namespaces"]
         text = self.kubectl("get", kind, *where, "-l", selector, "-o", "json", seconds=120)
         items: list[Object] = json.loads(text)["items"]
@@ -86,6 +100,8 @@ class Kube:
 
     def raw(self, path: str) -> str:
         """An API path's answer as it is, such as /metrics."""
+        if self._reader is not None:
+            return self._reader.text(path)
         return self.kubectl("get", "--raw", path)
 
 

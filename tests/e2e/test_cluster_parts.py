@@ -18,6 +18,7 @@ from e2e.cluster.load import Answer, Window
 from e2e.cluster.node import Claim
 from e2e.cluster.platform import metrics_of
 from e2e.cluster.processes import Processes, identify
+from e2e.cluster.reading import path_of
 from e2e.cluster.report import Report
 from e2e.cluster.runtime import base_spec
 from e2e.kubernetes.test_documentation import PAGE, STEPS
@@ -100,6 +101,27 @@ def test_metrics_are_summed_by_name() -> None:
     text = '# HELP a b\na_total{code="200"} 3\na_total{code="500"} 1\nb 2.5\n'
     assert metrics_of(text) == {"a_total": 4, "b": 2.5}
     assert metrics_of(text, lambda line: "500" in line) == {"a_total": 1}
+
+
+@pytest.mark.parametrize(
+    ("asked", "path"),
+    [
+        (("pods", "a"), "/api/v1/namespaces/a/pods"),
+        (("pods", None), "/api/v1/pods"),
+        (("pod", "a", "p"), "/api/v1/namespaces/a/pods/p"),
+        (("pod", None, "p"), "/api/v1/namespaces/default/pods/p"),
+        (("node", "a", "n"), "/api/v1/nodes/n"),
+        (("infs", None, None, "a=b"), "/apis/serving.shoal.dev/v1alpha1/inferenceservices"),
+        (("horses", "a"), None),
+    ],
+)
+def test_what_is_read_often_is_read_by_its_path(
+    asked: tuple[str, str | None], path: str | None
+) -> None:
+    """As kubectl would find it; what has no path here kubectl reads."""
+    found = path_of(*asked)
+    assert (found and found.partition("?")[0]) == path
+    assert path is None or ("labelSelector=a%3Db" in str(found)) is ("a=b" in asked)
 
 
 def test_a_report_is_a_table() -> None:
