@@ -1,5 +1,8 @@
 """Which device computes, by settings and machine."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +10,11 @@ from shoal.worker.config import EngineConfig, ParallelConfig
 from shoal.worker.gpu.choose import chosen_device, device_precision
 from shoal.worker.parallel.create import create_group
 
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys(("grpc", "ray", "kopf", "google.protobuf", "psutil")))
+import shoal.worker.engine, shoal.worker.in_process, shoal.worker.llm
+"""
 PLAIN: dict[str, str] = {}
 INTERPRETED = {"TRITON_INTERPRET": "1"}
 
@@ -72,3 +80,8 @@ def test_a_divided_model_is_not_for_a_gpu(tmp_path) -> None:
             ParallelConfig(tensor=2),
             lambda phase, seconds: None,
         )
+
+
+def test_the_engine_imports_where_only_torch_is() -> None:
+    """A machine with a GPU may have neither grpcio nor ray nor kopf, nor protobuf."""
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)

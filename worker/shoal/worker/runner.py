@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ from shoal.worker.model.spec import DecoderSpec
 from shoal.worker.model.weights import UnknownArchitecture
 from shoal.worker.request import SamplingParams
 from shoal.worker.sampler import Sampler, logprob_entries
-from shoal.worker.standby import Standby
 from shoal.worker.step import PromptLogprobs, Row, Sampled, SlotInit, StepPlan, StepResult
+
+if TYPE_CHECKING:
+    from shoal.worker.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +260,8 @@ def create_executor(
     tokens = min(_WARM_UP_TOKENS, max_model_len - 1, config.max_batched_tokens)
     executor.warm_up(tokens, clock)
     if standby:
+        from shoal.worker.standby import Standby  # here, as it speaks protobuf, which models do not
+
         executor.standby = Standby(executor, path, memory, config.memory_limit_bytes)
     progress("warm-up", clock() - started)
     return executor

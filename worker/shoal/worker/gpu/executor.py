@@ -121,8 +121,9 @@ class GpuExecutor:
 
     @contextmanager
     def _dropping_all(self) -> Iterator[None]:
-        """A failure drops all plans under way. What a device reports of itself (an address that is
-        not there, a fault of its memory) stays with it for good."""
+        """A failure drops all plans under way, once none reads the host's buffers any more. What a
+        device reports of itself (an address that is not there, a fault of its memory) stays with it
+        for good."""
         try:
             yield
         except torch.AcceleratorError as error:
@@ -130,6 +131,7 @@ class GpuExecutor:
             raise DeviceLost(f"{self._device.name}: {error}") from error
         except Exception:
             self._flights.clear()
+            self._device.settle()
             raise
 
     def _enter(self, init: tuple[SlotInit, ...]) -> None:
