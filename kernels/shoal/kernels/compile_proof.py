@@ -259,19 +259,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shoal.kernels.compile_proof")
     parser.add_argument("kernels", nargs="*", help="files of kernels/gpu; all that list variants")
     parser.add_argument("--sm", type=int, nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES)
+    parser.add_argument("--out", type=Path, help="also writes the table to this file")
     given = parser.parse_args(arguments)
-    print("| " + " | ".join(HEADINGS) + " |")
-    print("|" + "---|" * len(HEADINGS))
-    failures = 0
     variants = [variant for name in given.kernels or gpu_modules() for variant in variants_of(name)]
     if not given.kernels:
         variants += tuned_variants(tables(), tunables())
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
+    print("\n".join(lines))
+    failures = 0
     for compiled in build_all(variants, given.sm):
-        print("| " + " | ".join(row(compiled)) + " |", flush=True)
+        lines.append("| " + " | ".join(row(compiled)) + " |")
+        print(lines[-1], flush=True)
         failures += bool(broken(compiled))
+    if given.out is not None:
+        given.out.write_text(document(lines))
     if failures:
         print(f"{failures} compilations break what their variants promise", file=sys.stderr)
     return 1 if failures else 0
+
+
+def document(table: Sequence[str]) -> str:
+    return "\n".join(
+        (
+            "# What the GPU kernels compile to",
+            "",
+            f"`python -m shoal.kernels.compile_proof`, Triton {triton.__version__}, without a GPU.",
+            "Registers are a thread's, shared memory is a block's; a stack holds spilled registers",
+            "and must be empty in what runs in every step.",
+            "",
+            *table,
+            "",
+        )
+    )
 
 
 if __name__ == "__main__":
