@@ -9,7 +9,7 @@ import json
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -27,20 +27,22 @@ NAME: Final = "recorded-metrics"
 
 
 class RecordedLoads:
-    """`now(key)`: (service, its load) at this moment. `asked` gets the time of every question."""
+    """`now(key)`: (service, its load) at this moment. `asked` gets every question's time and what
+    it was answered."""
 
     def __init__(self, now: Callable[[str], tuple[InferenceService, Load | None] | None]) -> None:
         self._now = now
-        self.asked: dict[str, list[float]] = {}  # by service, time.monotonic()
+        self.asked: dict[str, list[tuple[float, Load | None]]] = {}  # by service, time.monotonic()
 
     def service(self, key: str) -> InferenceService | None:
         found = self._now(key)
         return found[0] if found is not None else None
 
     def load(self, key: str) -> Load | None:
-        self.asked.setdefault(key, []).append(time.monotonic())
         found = self._now(key)
-        return found[1] if found is not None else None
+        load = found[1] if found is not None else None
+        self.asked.setdefault(key, []).append((time.monotonic(), load))
+        return load
 
 
 @contextmanager
@@ -117,7 +119,7 @@ def _objects(namespace: str, port: int) -> Iterator[Object]:
     }
 
 
-def _registration(namespace: str, bundle: str) -> Mapping[str, object]:
+def _registration(namespace: str, bundle: str) -> Object:
     return {
         "apiVersion": "apiregistration.k8s.io/v1",
         "kind": "APIService",

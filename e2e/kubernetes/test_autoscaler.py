@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,11 @@ class Work:
 
     queued: int = 0
     running: float = 0.0
+
+    @classmethod
+    def of(cls, load: Load) -> "Work":
+        """What was told of it."""
+        return cls(load.queued, sum(load.in_flight.values()))
 
     def load(self, replicas: int) -> Load:
         """The work on so many replicas, evenly spread."""
@@ -117,17 +122,24 @@ SERIES: Final = (
 )
 
 
-def ours(series: Series, times: list[float]) -> list[int]:
-    """What our autoscaler wants after each look at `times`, in seconds of the series."""
+@dataclass(frozen=True)
+class Look:
+    """One look of Kubernetes' autoscaler: seconds of the series, and the work that it was told."""
+
+    at: float
+    work: Work | None
+
+
+def ours(series: Series, looks: Sequence[Look]) -> list[int]:
+    """What our autoscaler wants after each look."""
     chat = series.service
     assert chat.spec.autoscaling is not None
     scaling = Scaling(chat.spec.autoscaling, SLOTS)
-    wanted, memory, found = 1, Memory.began(1, (), times[0] - 1e6), []
-    for at in times:
+    wanted, memory, found = 1, Memory.began(1, (), looks[0].at - 1e6), []
+    for look in looks:
         names = [f"p{n}" for n in range(wanted)]
-        work = series.at(at)
-        load = work.load(wanted) if work is not None else None
-        decision = decide(scaling, Replicas(wanted, names), load, memory, at)
+        load = look.work.load(wanted) if look.work is not None else None
+        decision = decide(scaling, Replicas(wanted, names), load, memory, look.at)
         wanted, memory = decision.wanted, decision.memory
         found.append(wanted)
     return found
@@ -189,8 +201,9 @@ def test_the_same_load_gives_the_same_numbers(
     report.head(TABLE, "series", "looks", "Kubernetes'", "ours", "same at", "on purpose")
     wrong = []
     for key, series in by_key.items():
-        looks = _looks([at - began for at in loads.asked[key]])
-        theirs = [_count(seen[key], end) for end in (*looks[1:], SECONDS)]
+        looks = _looks(loads.asked[key], began)
+        theirs = [_count(seen[key], look.at) for look in looks[1:]]
+        looks = looks[:-1]  # what follows from the last is not seen any more
         mine = ours(series, looks)
         same = sum(a == b for a, b in zip(theirs, mine, strict=True))
         report.row(
@@ -203,14 +216,21 @@ def test_the_same_load_gives_the_same_numbers(
             series.differs or "-",
         )
         if same < len(looks) and not series.differs:
-            wrong.append((series.name, [round(at) for at in looks], theirs, mine))
+            wrong.append((series.name, looks, theirs, mine))
         assert len(looks) >= SECONDS / 15 - 2, f"{series.name} was hardly looked at"
     assert not wrong, wrong
 
 
-def _looks(asked: list[float]) -> list[float]:
-    """One time a look: an autoscaler asks for its metrics one right after the other."""
-    return asked[:1] + [after for before, after in pairwise(asked) if after - before > 2.5]
+def _looks(asked: Sequence[tuple[float, Load | None]], began: float) -> list[Look]:
+    """One a look: an autoscaler asks for its metrics one right after the other, the spec's own
+    first, and that answer counts."""
+    looks: list[Look] = []
+    last = float("-inf")
+    for when, load in asked:
+        if when - last > 2.5:
+            looks.append(Look(when - began, Work.of(load) if load is not None else None))
+        last = when
+    return looks
 
 
 def _count(seen: list[tuple[float, int]], end: float) -> int:

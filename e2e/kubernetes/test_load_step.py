@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from bench.autoscaling import SURGE, measure, place, timeline, write
 from e2e.cluster.platform import Platform
 from e2e.cluster.report import Report
@@ -11,6 +13,9 @@ TABLE = f"A load of {SURGE} streams, then none, then one request"
 SECONDS = 45.0  # of the many streams
 
 
+# The bench looks at routers through the Kubernetes client, whose port forward tells of a connection
+# that was closed in a thread of its own.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_replicas_follow_the_load(
     cluster: Testbed, shoal: Platform, namespace: str, report: Report
 ) -> None:
