@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from shoal.kernels.gpu.checks import expect, expect_together
-from shoal.kernels.gpu.quantize import FLOATS, FP8_LIMIT, INT8_LIMIT, encode
+from shoal.kernels.gpu.quantize import FLOATS, FP8_LIMIT, INT8_LIMIT, SMALLEST, encode
 from shoal.kernels.gpu.variant import Variant
 
 QUANTIZED = (torch.float8_e4m3fn, torch.int8)
-_LIMIT = {torch.int8: INT8_LIMIT, torch.float8_e4m3fn: FP8_LIMIT}
+LIMITS = {torch.int8: INT8_LIMIT, torch.float8_e4m3fn: FP8_LIMIT}
+_SMALLEST = tl.constexpr(SMALLEST)
 # Rows of one program, in elements: enough for every thread to move 16 bytes or more.
 _ELEMENTS = 2048
 
@@ -123,8 +124,8 @@ def _launch(
     _store[(tokens, triton.cdiv(kv_heads, heads), 1 if values is None else 2)](
         keys,
         values,
-        _bytes(key_cache),
-        None if value_cache is None else _bytes(value_cache),
+        as_bytes(key_cache),
+        None if value_cache is None else as_bytes(value_cache),
         key_scales,
         value_scales,
         slots,
@@ -132,7 +133,7 @@ def _launch(
         *keys.stride()[:2],
         *value_strides,
         *key_cache.stride()[:2],
-        LIMIT=_LIMIT.get(key_cache.dtype),
+        LIMIT=LIMITS.get(key_cache.dtype),
         BLOCK_SIZE=key_cache.shape[2],
         HEAD_DIM=head_dim,
         HEADS=heads,
@@ -141,7 +142,7 @@ def _launch(
     )
 
 
-def _bytes(cache: Tensor) -> Tensor:
+def as_bytes(cache: Tensor) -> Tensor:
     """float8 as bytes, which every device stores; anything else as it is."""
     return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache
 
@@ -177,39 +178,38 @@ def _store(
     target = block * block_stride + heads * head_stride + offset * HEAD_DIM
     scale = (block * kv_heads + heads) * BLOCK_SIZE + offset
     inside = heads < kv_heads
+    dims = tl.arange(0, DIMS)[None, :]
+    mask = inside[:, None] & (dims < HEAD_DIM)
     if tl.program_id(2) == 0:
         source = token * key_stride + heads * key_head_stride
-        _store_rows(
-            keys, source, key_cache, target, key_scales, scale, inside, LIMIT, HEAD_DIM, DIMS
-        )
+        x = tl.load(keys + source[:, None] + dims, mask=mask, other=0.0)
+        put_rows(x, key_cache, target, key_scales, scale, inside, LIMIT, HEAD_DIM, DIMS)
     elif values is not None:
         source = token * value_stride + heads * value_head_stride
-        _store_rows(
-            values, source, value_cache, target, value_scales, scale, inside, LIMIT, HEAD_DIM, DIMS
-        )
+        x = tl.load(values + source[:, None] + dims, mask=mask, other=0.0)
+        put_rows(x, value_cache, target, value_scales, scale, inside, LIMIT, HEAD_DIM, DIMS)
 
 
 @triton.jit
-def _store_rows(
-    sources,
-    source,  # [heads] offset of each row
+def put_rows(
+    x,  # [heads, DIMS], zeros from HEAD_DIM on
     targets,
-    target,  # [heads]
+    target,  # [heads] offset of each row
     scales,
-    scale,  # [heads]
-    inside,  # [heads]
+    scale,  # [heads] place of its scale
+    inside,  # [heads] whether it is stored
     LIMIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
 ):
+    """Stores rows of a tile, quantized by LIMIT unless that is none."""
     dims = tl.arange(0, DIMS)
     mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    x = tl.load(sources + source[:, None] + dims[None, :], mask=mask, other=0.0)
     if LIMIT is not None:
         x = x.to(tl.float32)
-        largest = tl.max(tl.abs(x), 1)
+        largest = tl.maximum(tl.max(tl.abs(x), 1), _SMALLEST)
         tl.store(scales + scale, largest / LIMIT, mask=inside)
-        x = x * tl.where(largest > 0, LIMIT / largest, 0.0)[:, None]
+        x = x * (LIMIT / largest)[:, None]
         x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
         x = encode(x, targets.dtype.element_ty == tl.int8, False)
     elif targets.dtype.element_ty == tl.float16:
