@@ -62,15 +62,21 @@ def test_https_with_a_given_certificate(
         cluster.kube.delete("secret", "router-tls", platform.NAMESPACE)
 
 
-@pytest.fixture
-def served(cluster: Testbed, shoal: Platform) -> Iterator[str]:
-    """A namespace that admits restricted pods alone, with one ready service."""
+@pytest.fixture(scope="module")
+def restricted(cluster: Testbed, shoal: Platform) -> Iterator[str]:
+    """A namespace that admits restricted pods alone, with one service."""
     namespace = cluster.make_namespace("charts")
     cluster.kube.kubectl("label", "namespace", namespace, *RESTRICTED)
     cluster.kube.apply(namespace, services.service(NAME))
-    _wait_settled(cluster, namespace)
     yield namespace
     cluster.remove_namespace(namespace)
+
+
+@pytest.fixture
+def served(cluster: Testbed, restricted: str) -> str:
+    """The namespace, its service at full strength."""
+    _wait_settled(cluster, restricted)
+    return restricted
 
 
 def test_an_upgrade_disturbs_nobody(
