@@ -91,6 +91,7 @@ class SamplingBatch:
     penalties: Penalties | None = None
     bias: Bias | None = None
     forbidden: Forbidden | None = None
+    all_greedy: bool = False  # every row is taken as greedy, which saves two launches
 
     def check(self) -> None:
         """Raises ValueError for tensors that no kernel can take together."""
@@ -246,40 +247,41 @@ def _launch(
         CHUNK=_CHUNK,
         num_warps=_WARPS,
     )
-    survey_kernel[grid](
-        work.logits,
-        work.raw,
-        work.best,
-        work.counts,
-        work.masses,
-        batch.slots,
-        batch.greedy,
-        batch.temperature,
-        batch.min_p,
-        vocab,
-        BLOCK=work.tile,
-        **sizes,
-        num_warps=_WARPS,
-    )
     filters = (batch.greedy, batch.temperature, batch.min_p, batch.top_k, batch.top_p)
     listed = work.listed.shape[1]
-    gather_kernel[grid](
-        work.logits,
-        work.raw,
-        work.best,
-        work.counts,
-        work.masses,
-        work.listed,
-        work.listed_ids,
-        batch.slots,
-        *filters,
-        batch.typical_p,
-        vocab,
-        BLOCK=work.tile,
-        **sizes,
-        LISTED=listed,
-        num_warps=_WARPS,
-    )
+    if not batch.all_greedy:
+        survey_kernel[grid](
+            work.logits,
+            work.raw,
+            work.best,
+            work.counts,
+            work.masses,
+            batch.slots,
+            batch.greedy,
+            batch.temperature,
+            batch.min_p,
+            vocab,
+            BLOCK=work.tile,
+            **sizes,
+            num_warps=_WARPS,
+        )
+        gather_kernel[grid](
+            work.logits,
+            work.raw,
+            work.best,
+            work.counts,
+            work.masses,
+            work.listed,
+            work.listed_ids,
+            batch.slots,
+            *filters,
+            batch.typical_p,
+            vocab,
+            BLOCK=work.tile,
+            **sizes,
+            LISTED=listed,
+            num_warps=_WARPS,
+        )
     finish_kernel[(rows,)](
         ids,
         status,
@@ -301,6 +303,7 @@ def _launch(
         **sizes,
         LISTED=listed,
         BLOCK=_finishing(work.tile),
+        ALL_GREEDY=batch.all_greedy,
         num_warps=_WARPS,
     )
 
@@ -394,5 +397,6 @@ def variants() -> tuple[Variant, ...]:
             TILE=_TILE,
             LISTED=_LISTED,
             BLOCK=_finishing(_TILE),
+            ALL_GREEDY=False,
         ),
     )

@@ -424,6 +424,7 @@ def finish_kernel(
     TILES: tl.constexpr,
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALL_GREEDY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
@@ -439,7 +440,7 @@ def finish_kernel(
         tl.store(status_ptr + row, tl.where(finite, 2, 1))
         return
     tl.store(status_ptr + row, 0)
-    if tl.load(greedy_ptr + slot) != 0:
+    if (tl.load(greedy_ptr + slot) != 0) | ALL_GREEDY:
         tl.store(ids_ptr + row, (best & _NAN) ^ _NAN)
         return
     top_k = tl.load(top_k_ptr + slot)
