@@ -98,6 +98,8 @@ CASES = (
 )
 
 
+# Rows of pairs that are left out hold what memory held, also where an activation runs over them.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("tokens,experts,choices,hidden,inner,activation", CASES)
 def test_a_mixture_is_the_cpus(
     tokens: int,
