@@ -27,7 +27,8 @@ from shoal.kernels.gpu.variant import Variant
 
 _TILE = 4096  # tokens of one program
 _LISTED = 4096  # tokens whose list spares a row from being read as a whole again
-_CHUNK = 1024  # tokens of the history that are counted at once
+_CHUNK = 512  # tokens of the history that are counted at once
+_COUNTED = 1024  # tokens of the vocabulary that are: Triton keeps counts in registers
 _WARPS = 8
 
 
@@ -244,6 +245,7 @@ def _launch(
         logits.stride(0),
         0 if penalties is None else penalties.history.stride(0),
         BLOCK=work.tile,
+        PART=work.tile if penalties is None else min(_COUNTED, work.tile),
         CHUNK=_CHUNK,
         num_warps=_WARPS,
     )
@@ -350,7 +352,12 @@ def variants() -> tuple[Variant, ...]:
                 **extras,
                 **dict.fromkeys(("vocab", "logits_stride", "history_stride"), "i32"),
             },
-            constants={"BLOCK": _TILE, "CHUNK": _CHUNK, **dict.fromkeys(none)},
+            constants={
+                "BLOCK": _TILE,
+                "PART": _TILE if none else _COUNTED,
+                "CHUNK": _CHUNK,
+                **dict.fromkeys(none),
+            },
             num_warps=_WARPS,
             aligned=("logits_ptr", "work_ptr", "vocab", "logits_stride"),
         )

@@ -119,61 +119,66 @@ def process_kernel(
     logits_stride,
     history_stride,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    PART: tl.constexpr,  # tokens of the tile that are processed at once
+    CHUNK: tl.constexpr,  # tokens of the history that are counted at once
 ):
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     slot = tl.load(slots_ptr + row)
     if slot < 0:
         return
-    start = tile * BLOCK
-    ids = start + tl.arange(0, BLOCK)
-    inside = ids < vocab
-    x = tl.load(logits_ptr + row * logits_stride + ids, mask=inside, other=float("-inf"))
-    x = x.to(tl.float32)
     partial = row * tl.num_programs(1) + tile
-    raw = tl.max(ranked(x, ids), 0)
-    tl.store(raw_ptr + partial, raw)
     length = tl.load(positions_ptr + row)
-    if bias_starts is not None:
-        first = tl.load(bias_starts + slot)
-        for entry in range(first, first + tl.load(bias_counts + slot)):
-            token = tl.load(bias_ids + entry)
-            if (token >= start) & (token < start + BLOCK):
-                x = tl.where(ids == token, x + tl.load(bias_amounts + entry), x)
-    if forbidden_starts is not None:
-        count = tl.load(forbidden_counts + slot)
-        count = tl.where(length < tl.load(forbidden_until + slot), count, 0)
-        first = tl.load(forbidden_starts + slot)
-        for entry in range(first, first + count):
-            x = tl.where(ids == tl.load(forbidden_ids + entry), float("-inf"), x)
-    if repetition_ptr is not None:
-        repetition = tl.load(repetition_ptr + slot)
-        frequency = tl.load(frequency_ptr + slot)
-        presence = tl.load(presence_ptr + slot)
-        if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
-            prompt_length = tl.load(prompt_lengths_ptr + slot)
-            prompt = tl.zeros([BLOCK], tl.int32)
-            output = tl.zeros([BLOCK], tl.int32)
-            known = history_ptr + slot * history_stride
-            for begin in range(0, length, CHUNK):
-                at = begin + tl.arange(0, CHUNK)
-                token = tl.load(known + at, mask=at < length, other=-1).to(tl.int32) - start
-                here = (token >= 0) & (token < BLOCK) & (at < length)
-                token = tl.where(here, token, 0)
-                prompt += tl.histogram(token, BLOCK, mask=here & (at < prompt_length))
-                output += tl.histogram(token, BLOCK, mask=here & (at >= prompt_length))
-            shrunk = tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition)
-            x = tl.where((prompt > 0) | (output > 0), shrunk, x)
-            x -= output.to(tl.float32) * frequency
-            x -= tl.where(output > 0, presence, 0.0)
-    if bias_starts is None and forbidden_starts is None and repetition_ptr is None:
-        tl.store(best_ptr + partial, raw)
-    else:
-        tl.store(best_ptr + partial, tl.max(ranked(x, ids), 0))
-    if tl.load(greedy_ptr + slot) == 0:
-        scaled = tl.div_rn(x, tl.load(temperature_ptr + slot))
-        tl.store(work_ptr + row * vocab + ids, scaled, mask=inside)
+    raw = tl.full([], LOWEST, tl.int64)
+    best = tl.full([], LOWEST, tl.int64)
+    for part in range(BLOCK // PART):
+        start = tile * BLOCK + part * PART
+        ids = start + tl.arange(0, PART)
+        inside = ids < vocab
+        x = tl.load(logits_ptr + row * logits_stride + ids, mask=inside, other=float("-inf"))
+        x = x.to(tl.float32)
+        raw = tl.maximum(raw, tl.max(ranked(x, ids), 0))
+        if bias_starts is not None:
+            first = tl.load(bias_starts + slot)
+            for entry in range(first, first + tl.load(bias_counts + slot)):
+                token = tl.load(bias_ids + entry)
+                if (token >= start) & (token < start + PART):
+                    x = tl.where(ids == token, x + tl.load(bias_amounts + entry), x)
+        if forbidden_starts is not None:
+            count = tl.load(forbidden_counts + slot)
+            count = tl.where(length < tl.load(forbidden_until + slot), count, 0)
+            first = tl.load(forbidden_starts + slot)
+            for entry in range(first, first + count):
+                x = tl.where(ids == tl.load(forbidden_ids + entry), float("-inf"), x)
+        if repetition_ptr is not None:
+            repetition = tl.load(repetition_ptr + slot)
+            frequency = tl.load(frequency_ptr + slot)
+            presence = tl.load(presence_ptr + slot)
+            if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
+                prompt_length = tl.load(prompt_lengths_ptr + slot)
+                prompt = tl.zeros([PART], tl.int32)
+                output = tl.zeros([PART], tl.int32)
+                known = history_ptr + slot * history_stride
+                for begin in range(0, length, CHUNK):
+                    at = begin + tl.arange(0, CHUNK)
+                    token = tl.load(known + at, mask=at < length, other=-1).to(tl.int32) - start
+                    here = (token >= 0) & (token < PART) & (at < length)
+                    token = tl.where(here, token, 0)
+                    prompt += tl.histogram(token, PART, mask=here & (at < prompt_length))
+                    output += tl.histogram(token, PART, mask=here & (at >= prompt_length))
+                shrunk = tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition)
+                x = tl.where((prompt > 0) | (output > 0), shrunk, x)
+                x -= output.to(tl.float32) * frequency
+                x -= tl.where(output > 0, presence, 0.0)
+        if bias_starts is None and forbidden_starts is None and repetition_ptr is None:
+            best = raw
+        else:
+            best = tl.maximum(best, tl.max(ranked(x, ids), 0))
+        if tl.load(greedy_ptr + slot) == 0:
+            scaled = tl.div_rn(x, tl.load(temperature_ptr + slot))
+            tl.store(work_ptr + row * vocab + ids, scaled, mask=inside)
+    tl.store(raw_ptr + partial, raw)
+    tl.store(best_ptr + partial, best)
 
 
 @triton.jit
