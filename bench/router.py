@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -108,7 +109,9 @@ def open_stage(folder: Path, tokenizer: Path, cores: list[int], *engine: str) ->
         weights={"": 100},
     )
     (folder / "bench.json").write_text(table.model_dump_json())
-    http_port = ports[0] + 1 if ports[0] + 1 not in ports else ports[0] + 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        http_port = free.getsockname()[1]
     router = _spawn(
         cores[0],
         *("shoal.router", "--routes", str(folder), "--host", "127.0.0.1"),

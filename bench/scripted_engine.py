@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from shoal.api.blocks import block_hashes, root_hash, wire_id
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
-from shoal.worker.cache_watch import CACHE_NEWS_SECONDS, Watcher
+from shoal.worker.cache_watch import Watcher
 
 EOS = 256
 SERVER_OPTIONS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.so_reuseport", 0)]
@@ -188,7 +188,6 @@ class Engine(engine_pb2_grpc.EngineServicer):
             while True:
                 for events in await watcher.next_events():
                     yield events
-                await asyncio.sleep(CACHE_NEWS_SECONDS)
         finally:
             self._watchers.remove(watcher)
 

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from shoal.api.blocks import BlockHash, block_hashes, root_hash, wire_id
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
-from shoal.worker.cache_watch import CacheWatch
+from shoal.worker.cache_watch import CacheWatch, Watcher
 from shoal.worker.config import EngineConfig
 from shoal.worker.engine import Engine, EngineLoad, StepOutput
 from shoal.worker.executor import ModelInfo, SerialExecutor
@@ -488,6 +488,29 @@ def test_evicted_blocks_are_reported() -> None:
             await eventually(lambda: known == truth)
             watch.cancel()
             await asyncio.gather(following, return_exceptions=True)
+
+    asyncio.run(scenario())
+
+
+def test_few_changes_of_the_cache_wait_for_more_and_many_do_not() -> None:
+    """News within a pause come as one message; what would be a long one goes out at once."""
+
+    async def scenario() -> None:
+        watcher = Watcher(0, lambda: None, max_pending=10_000)
+        watcher.reset([1])
+        assert [list(each.stored) for each in await watcher.next_events()] == [[1]]
+        waiting = asyncio.create_task(watcher.next_events())
+        for block in (2, 3):
+            watcher.apply([block], [])
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        watcher.apply(list(range(4, 1000)), [2])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert waiting.done()
+        (message,) = waiting.result()
+        assert list(message.stored) == list(range(3, 1000))
+        assert list(message.removed) == [2]
 
     asyncio.run(scenario())
 

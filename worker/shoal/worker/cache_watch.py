@@ -13,8 +13,10 @@ from shoal.api.v1 import engine_pb2
 from shoal.worker.loop import Command, Report, Snapshot
 
 # Between two messages to a router: each costs it some 50 microseconds, and it may watch hundreds
-# of engines, while a prefix is rarely asked for again within a few steps.
-CACHE_NEWS_SECONDS = 0.02
+# of engines, while a prefix is rarely asked for again within a few steps. Many changes do not
+# wait: long messages would hold up the answers that share their connection.
+_PAUSE_SECONDS = 0.02
+_MANY_CHANGES = 256
 _MAX_HASHES = 100_000  # of one message, 0.8 MB
 
 
@@ -29,16 +31,25 @@ class Watcher:
         self._changes: dict[int, bool] = {}  # wire id -> stored (True) or removed
         self._synced = False  # a snapshot came, changes apply to it
         self._wake: asyncio.Future[None] | None = None
+        self._next_at = 0.0  # by the loop's clock: when few changes may go out
         resync()
 
     async def next_events(self) -> list[engine_pb2.CacheEvents]:
         """Waits for news and returns it, in messages of bounded size."""
-        while self._snapshot is None and not self._changes:
-            self._wake = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        while self._snapshot is None and len(self._changes) < _MANY_CHANGES:
+            rest = self._next_at - loop.time()
+            if self._changes and rest <= 0:
+                break
+            self._wake = loop.create_future()
+            timer = loop.call_later(rest, self._notify) if self._changes else None
             try:
                 await self._wake
             finally:
                 self._wake = None
+                if timer is not None:
+                    timer.cancel()
+        self._next_at = loop.time() + _PAUSE_SECONDS
         messages = []
         if self._snapshot is not None:
             ids, self._snapshot = self._snapshot, None
@@ -62,14 +73,13 @@ class Watcher:
     def apply(self, stored: list[int], removed: list[int]) -> None:
         if not self._synced:
             return  # the snapshot on its way holds these changes
-        for block in removed:
-            self._changes[block] = False
-        for block in stored:
-            self._changes[block] = True
+        had = len(self._changes)
+        self._changes |= dict.fromkeys(removed, False)
+        self._changes |= dict.fromkeys(stored, True)
         if len(self._changes) > self._max_pending:
             self._changes, self._snapshot, self._synced = {}, None, False
             self._resync()
-        else:
+        elif not had or len(self._changes) >= _MANY_CHANGES:
             self._notify()
 
     def _notify(self) -> None:

@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from shoal.api.v1 import engine_pb2, engine_pb2_grpc
-from shoal.worker.cache_watch import CACHE_NEWS_SECONDS, CacheWatch
+from shoal.worker.cache_watch import CacheWatch
 from shoal.worker.loop import EngineLoop, Report, StepEngine
 from shoal.worker.served import Served
 from shoal.worker.streams import Stream, StreamHub
@@ -281,7 +281,6 @@ class _Servicer(engine_pb2_grpc.EngineServicer):
             while True:
                 for events in await watcher.next_events():
                     yield events
-                await asyncio.sleep(CACHE_NEWS_SECONDS)
         finally:
             watch.close(watcher)
 
