@@ -159,7 +159,8 @@ def logprobs(
 
 def _merged(tiles: int, top: int) -> int:
     """Candidates that the last kernel reads at once."""
-    return min(2048, triton.next_power_of_2(max(1, tiles * top)))
+    size: int = triton.next_power_of_2(max(1, tiles * top))
+    return min(2048, size)
 
 
 def variants() -> tuple[Variant, ...]:

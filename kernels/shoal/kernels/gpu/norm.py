@@ -304,7 +304,8 @@ def _launch(
 def _block(name: str, size: int) -> int:
     if not 0 < size <= WIDEST:
         raise ValueError(f"{name} has rows of {size}, expected 1 to {WIDEST}")
-    return triton.next_power_of_2(size)
+    block: int = triton.next_power_of_2(size)
+    return block
 
 
 def _warps(elements: int) -> int:
