@@ -10,6 +10,7 @@ from torch import Tensor
 from shoal.worker.model.weights import WeightError, WeightSource
 
 _CHUNK = 1 << 20
+_PIECE = 1 << 20  # values that are looked at in one go
 
 
 class BrokenWeights(WeightError):
@@ -17,8 +18,8 @@ class BrokenWeights(WeightError):
 
 
 class PacedSource:
-    """The tensors of another source, one at a time: `pace` is called before each, `progress` with
-    the share of the elements that has been read."""
+    """The tensors of another source, one at a time: `pace` is called before each and while it is
+    looked at, `progress` with the share of the elements that has been read."""
 
     def __init__(
         self,
@@ -55,10 +56,13 @@ class PacedSource:
         return self._source.bytes_read
 
     def _looked_at(self, name: str, tensor: Tensor) -> Tensor:
-        if not bool(tensor.isfinite().all()):
-            raise BrokenWeights(
-                f"{self.origin}: tensor {name} holds values that are not finite, expected numbers"
-            )
+        for piece in tensor.reshape(-1).split(_PIECE):
+            if not bool(piece.isfinite().all()):
+                raise BrokenWeights(
+                    f"{self.origin}: tensor {name} holds values that are not finite, expected "
+                    "numbers"
+                )
+            self._pace()
         self._read += tensor.numel()
         self._progress(min(1.0, self._read / self._all))
         return tensor
