@@ -37,7 +37,7 @@ def fingerprint(weights: object, pace: Callable[[], None]) -> dict[str, int]:
         plain = tensor.to_dense() if tensor.layout is not torch.strided else tensor
         data = plain.detach().contiguous().view(-1).view(torch.uint8)
         crc = 0
-        for piece in data.split(PIECE_BYTES):
+        for piece in torch.split(data, PIECE_BYTES):
             crc = zlib.crc32(piece.numpy().data, crc)
             pace()
         found[name] = crc

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from shoal.worker.model.weights import WeightError, WeightSource
@@ -56,7 +57,7 @@ class PacedSource:
         return self._source.bytes_read
 
     def _looked_at(self, name: str, tensor: Tensor) -> Tensor:
-        for piece in tensor.reshape(-1).split(_PIECE):
+        for piece in torch.split(tensor.reshape(-1), _PIECE):
             if not bool(piece.isfinite().all()):
                 raise BrokenWeights(
                     f"{self.origin}: tensor {name} holds values that are not finite, expected "
