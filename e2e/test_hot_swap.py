@@ -145,7 +145,7 @@ async def _change(
     def serves() -> bool:
         return done(service.status()["activeRevision"])
 
-    await asyncio.to_thread(wait_until, serves, 180, f"{uri} serves")
+    await asyncio.to_thread(wait_until, serves, 300, f"{uri} serves")
     took = time.monotonic() - began
     # What was asked before is over then, and at least as much asked after it.
     await _answered(load, len(load.answers) + 2 * STREAMS)
