@@ -1,9 +1,9 @@
 """Everything that is measured on a GPU, within a time: `make gpu-bench`.
 
-    python -m bench.gpu [--seconds 270] [--only models linears kernels]
+    python -m bench.gpu [--seconds 270] [--only models linears attention kernels]
 
 Writes bench/results/gpu.md and gpu.json with the device, its driver and the date. Models come
-first, then products, then the other kernels; what the time does not reach is said.
+first, then products, attention and the other kernels; what the time does not reach is said.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from bench import gpu_kernels, gpu_linears, gpu_models
+from bench import gpu_attention, gpu_kernels, gpu_linears, gpu_models
 from bench.gpu_cases import FULL, OURS, Case, Figure, failed, half, randn, run
 from bench.gpu_models import Plan
 from bench.gpu_report import Run, dumped, markdown
@@ -30,7 +30,7 @@ from shoal.worker.gpu.choose import device_precision
 from shoal.worker.gpu.device import CudaDevice
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("models", "linears", "kernels")
+PARTS = ("models", "linears", "attention", "kernels")
 _SQUARE = 8192  # of the products that say what the device multiplies at most
 _COPIED = 1 << 30  # bytes
 
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts: dict[str, Iterator[Figure]] = {
         "models": modelled((QWEN3_06B, LLAMA_8B), clock, limits, budget, 0.6),
         "linears": timed(gpu_linears.cases(FULL), clock, limits, budget),
+        "attention": timed(gpu_attention.cases(FULL), clock, limits, budget),
         "kernels": timed(gpu_kernels.cases(FULL), clock, limits, budget),
     }
     figures: list[Figure] = []

@@ -28,6 +28,7 @@ class Sizes:
     kv_heads: int
     head_dim: int
     block_size: int
+    latent: tuple[int, int, int]  # heads, rank and rotary elements of latent attention
     vocab: int
     experts: int
     per_token: int
@@ -36,7 +37,7 @@ class Sizes:
     kv_tokens: int  # a case whose contexts are more together is left out
 
 
-# Layers of Llama 3.1 8B; experts of Qwen3-30B-A3B.
+# Layers of Llama 3.1 8B; experts of Qwen3-30B-A3B; latents of DeepSeek-V3.
 FULL = Sizes(
     rows=(1, 4, 16, 64, 256),
     linears=((6144, 4096), (4096, 14336)),
@@ -49,6 +50,7 @@ FULL = Sizes(
     kv_heads=8,
     head_dim=128,
     block_size=16,
+    latent=(128, 512, 64),
     vocab=128256,
     experts=128,
     per_token=8,
@@ -70,6 +72,7 @@ TINY = Sizes(
     kv_heads=2,
     head_dim=64,
     block_size=16,
+    latent=(16, 64, 16),
     vocab=96,
     experts=4,
     per_token=2,

@@ -1,137 +1,30 @@
-"""Cases of attention, of what runs between the products, of sampling, adapters and block copies."""
+"""Cases of what runs between the products, of sampling, adapters and block copies."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, rms_norm, silu
 
 from bench import roofline
 from bench.gpu_cases import OURS, Case, Sizes, half, randn
 from shoal.kernels.gpu import activation, norm, rope
 from shoal.kernels.gpu import embedding as our_embedding
-from shoal.kernels.gpu.attention import AttentionBatch, paged_attention
 from shoal.kernels.gpu.block_copy import BlockStore, copy_blocks
+from shoal.kernels.gpu.heads import HeadNorms, store_heads_
 from shoal.kernels.gpu.kv_cache import KvCache, store_kv
+from shoal.kernels.gpu.logprobs import logprobs
 from shoal.kernels.gpu.lora import LoraBatch, add_lora, lora_workspace
 from shoal.kernels.gpu.sampling import SamplingBatch, SamplingWorkspace, sample
 from shoal.kernels.measure import Launch
 
 Prepare = Callable[[torch.device], Mapping[str, Launch]]
 
-LONG_DECODE = "attention decode"
-_KV_TYPES = {"16 bits": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
-_HOST_BLOCKS = 64
+_BLOCKS = 64
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    yield from _attention_cases(sizes)
-    yield from _other_cases(sizes)
-
-
-def _attention_cases(sizes: Sizes) -> Iterator[Case]:
-    heads = (sizes.heads, sizes.kv_heads, sizes.head_dim)
-    for context in sizes.contexts:
-        for batch in sizes.batches:
-            if batch * context > sizes.kv_tokens:
-                continue
-            for kind, dtype in _KV_TYPES.items():
-                size = 2 if dtype is None else 1
-                yield Case(
-                    LONG_DECODE,
-                    f"{batch} x {context} tokens, KV {kind}",
-                    roofline.attention(1, context, *heads, sequences=batch, kv_size=size),
-                    _decode(sizes, batch, context, dtype),
-                )
-    yield Case(
-        "attention prefill",
-        f"{sizes.prompt} tokens",
-        roofline.attention(sizes.prompt, sizes.prompt, *heads),
-        _prefill(sizes),
-    )
-
-
-def _paged(
-    sizes: Sizes, batch: int, context: int, dtype: torch.dtype | None, device: torch.device
-) -> tuple[KvCache, Tensor]:
-    """A filled cache, and tables in which no sequence's blocks lie in order."""
-    per = -(-context // sizes.block_size)
-    kind = half(device) if dtype is None else dtype
-    cache = KvCache.allocate(
-        batch * per + 1, sizes.kv_heads, sizes.block_size, sizes.head_dim, kind, device
-    )
-    tables = 1 + torch.randperm(batch * per, device=device).view(batch, per)
-    slots = torch.arange(cache.keys.shape[0] * sizes.block_size, device=device)
-    for part in slots.split(1 << 16):
-        kv = randn(device, len(part), sizes.kv_heads, sizes.head_dim)
-        store_kv(kv, kv, cache, part)
-    return cache, tables.int()
-
-
-def _decode(sizes: Sizes, batch: int, context: int, dtype: torch.dtype | None) -> Prepare:
-    def prepare(device: torch.device) -> dict[str, Launch]:
-        cache, tables = _paged(sizes, batch, context, dtype, device)
-        queries = randn(device, batch, sizes.heads, sizes.head_dim)
-        rows = AttentionBatch(
-            torch.arange(batch + 1, dtype=torch.int32, device=device),
-            torch.full((batch,), context, dtype=torch.int32, device=device),
-            tables,
-            1,
-            context,
-        )
-        out = torch.empty_like(queries)
-        scale = sizes.head_dim**-0.5
-        launches: dict[str, Launch] = {
-            OURS: lambda: paged_attention(queries, cache, rows, scale, out=out)
-        }
-        if dtype is None:
-            keys = randn(device, batch, sizes.kv_heads, context, sizes.head_dim)
-            single = queries.unsqueeze(2)
-            launches["scaled_dot_product_attention, KV in one piece"] = lambda: (
-                scaled_dot_product_attention(single, keys, keys, enable_gqa=True)
-            )
-        return launches
-
-    return prepare
-
-
-def _prefill(sizes: Sizes) -> Prepare:
-    def prepare(device: torch.device) -> dict[str, Launch]:
-        tokens = sizes.prompt
-        cache, tables = _paged(sizes, 1, tokens, None, device)
-        queries = randn(device, tokens, sizes.heads, sizes.head_dim)
-        ends = torch.tensor([0, tokens], dtype=torch.int32, device=device)
-        rows = AttentionBatch(ends, ends[1:], tables, tokens, tokens)
-        out = torch.empty_like(queries)
-        scale = sizes.head_dim**-0.5
-        keys = randn(device, 1, sizes.kv_heads, tokens, sizes.head_dim)
-        dense = queries.transpose(0, 1).unsqueeze(0)
-        return {
-            OURS: lambda: paged_attention(queries, cache, rows, scale, out=out),
-            "scaled_dot_product_attention": lambda: scaled_dot_product_attention(
-                dense, keys, keys, is_causal=True, enable_gqa=True
-            ),
-            "flex_attention": _flex(dense, keys),
-        }
-
-    return prepare
-
-
-def _flex(queries: Tensor, keys: Tensor) -> Launch:
-    """torch.compile makes its kernel on a GPU; elsewhere it runs as it is written."""
-    tokens, device = queries.shape[2], queries.device
-
-    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key
-
-    mask = create_block_mask(causal, None, None, tokens, tokens, device=str(device))
-    call = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
-    return lambda: call(queries, keys, keys, block_mask=mask, enable_gqa=True)
-
-
-def _other_cases(sizes: Sizes) -> Iterator[Case]:
     rows, table = sizes.rows[-1], "between the products"
     name = f"{rows} rows x {sizes.hidden}"
     yield Case(table, f"add and norm {name}", roofline.norm(rows, sizes.hidden), _norm(sizes))
@@ -150,6 +43,12 @@ def _other_cases(sizes: Sizes) -> Iterator[Case]:
     yield Case(table, f"embedding {name}", roofline.embed(rows, sizes.hidden), _embed(sizes))
     stored = roofline.store_kv(rows, sizes.kv_heads, sizes.head_dim)
     yield Case(table, f"KV store {rows} rows", stored, _store(sizes))
+    yield Case(
+        table,
+        f"norms of heads, rope and KV store {rows} rows",
+        roofline.rope(rows, sizes.heads, sizes.head_dim) + stored,
+        _heads(sizes),
+    )
     for batch in sizes.batches:
         for kind in ("greedy", "top-k 50, top-p 0.9"):
             yield Case(
@@ -158,6 +57,12 @@ def _other_cases(sizes: Sizes) -> Iterator[Case]:
                 roofline.sampling(batch, sizes.vocab),
                 _sample(sizes, batch, greedy=kind == "greedy"),
             )
+    yield Case(
+        "sampling",
+        f"{rows} rows x {sizes.vocab}, logprobs of 5",
+        roofline.sampling(rows, sizes.vocab),
+        _logprobs(sizes),
+    )
     for rank in sizes.ranks:
         yield Case(
             "adapters",
@@ -168,8 +73,8 @@ def _other_cases(sizes: Sizes) -> Iterator[Case]:
     block = 2 * sizes.block_size * sizes.kv_heads * sizes.head_dim * 2
     yield Case(
         "block copy",
-        f"{_HOST_BLOCKS} blocks of 4 layers within the device",
-        roofline.block_copy(_HOST_BLOCKS, 4 * block),
+        f"{_BLOCKS} blocks of 4 layers within the device",
+        roofline.block_copy(_BLOCKS, 4 * block),
         _copy(sizes),
     )
 
@@ -241,6 +146,46 @@ def _store(sizes: Sizes) -> Prepare:
     return prepare
 
 
+def _heads(sizes: Sizes) -> Prepare:
+    def prepare(device: torch.device) -> dict[str, Launch]:
+        rows, dim = sizes.rows[-1], sizes.head_dim
+        cache = KvCache.allocate(
+            rows // sizes.block_size + 2,
+            sizes.kv_heads,
+            sizes.block_size,
+            dim,
+            half(device),
+            device,
+        )
+        heads = randn(device, rows, sizes.heads + 2 * sizes.kv_heads, dim)
+        slots = torch.randperm(rows, device=device) + sizes.block_size
+        table = randn(device, 512, dim, dtype=torch.float32)
+        positions = torch.arange(rows, device=device)
+        norms = HeadNorms(*torch.ones(2, dim, device=device).unbind(), 1e-6)
+        return {
+            OURS: lambda: store_heads_(
+                heads, cache, slots, norms=norms, table=table, positions=positions
+            )
+        }
+
+    return prepare
+
+
+def _logprobs(sizes: Sizes) -> Prepare:
+    def prepare(device: torch.device) -> dict[str, Launch]:
+        logits = randn(device, sizes.rows[-1], sizes.vocab, dtype=torch.float32)
+        ids = torch.randint(sizes.vocab, (len(logits),), device=device)
+
+        def plain() -> tuple[Tensor, Tensor]:
+            found = logits.log_softmax(-1)
+            chosen = found.gather(-1, ids.unsqueeze(1))
+            return (found > chosen).sum(-1), found.topk(5).values
+
+        return {OURS: lambda: logprobs(logits, ids, 5), "torch log_softmax and topk": plain}
+
+    return prepare
+
+
 def _sample(sizes: Sizes, rows: int, *, greedy: bool) -> Prepare:
     def prepare(device: torch.device) -> dict[str, Launch]:
         logits = randn(device, rows, sizes.vocab, dtype=torch.float32)
@@ -305,11 +250,11 @@ def _lora(sizes: Sizes, rank: int) -> Prepare:
 
 def _copy(sizes: Sizes) -> Prepare:
     def prepare(device: torch.device) -> dict[str, Launch]:
-        shape = (2 * _HOST_BLOCKS, 2, sizes.kv_heads, sizes.block_size, sizes.head_dim)
+        shape = (2 * _BLOCKS, 2, sizes.kv_heads, sizes.block_size, sizes.head_dim)
         layers = [randn(device, *shape) for _ in range(4)]
         store = BlockStore.of([part for layer in layers for part in layer.unbind(1)], device)
-        order = torch.randperm(_HOST_BLOCKS, device=device)
-        pairs = torch.stack((order, order.flip(0) + _HOST_BLOCKS), dim=1).contiguous()
+        order = torch.randperm(_BLOCKS, device=device)
+        pairs = torch.stack((order, order.flip(0) + _BLOCKS), dim=1).contiguous()
 
         def plain() -> None:
             for layer in layers:

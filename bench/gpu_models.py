@@ -232,7 +232,7 @@ def load(
     longest = plan.config.max_model_len
     assert longest is not None, "a plan says how long sequences get"
     spec = spec_of(plan.shape, longest)
-    source = RandomSource(spec, precision, device.torch)
+    source = RandomSource(spec, precision, device.home)
     executor = executor_of(
         Checkpoint(spec, source),
         plan.config,

@@ -99,6 +99,14 @@ def attention(
     return Work((moved + scales) * sequences, 4 * pairs * heads * head_dim * sequences)
 
 
+def latent_attention(
+    length: int, heads: int, rank: int, rotary: int, *, sequences: int = 1, size: int = 2
+) -> Work:
+    """One query of each sequence over latents that all heads share (DeepSeek-V2, absorbed)."""
+    moved = (length * (rank + rotary) + heads * (2 * rank + rotary)) * size
+    return Work(moved * sequences, 2 * length * heads * (2 * rank + rotary) * sequences)
+
+
 def linear(
     rows: int, outputs: int, inputs: int, *, bits: float = 16, size: int = 2, kind: str = "bf16"
 ) -> Work:

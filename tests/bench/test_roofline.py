@@ -39,6 +39,13 @@ def test_a_window_bounds_the_keys_that_are_read() -> None:
     assert narrow.bytes == 2 * 8 * 64 * 2 + 2 * 128 * 8 * (64 + 4)
 
 
+def test_latents_are_read_once_for_all_heads() -> None:
+    """Two heads over three latents of 4 + 2: products with 6 elements and with 4."""
+    work = roofline.latent_attention(3, 2, 4, 2, sequences=5)
+    assert work.flops == 5 * 3 * 2 * 2 * (6 + 4)
+    assert work.bytes == 5 * 2 * (3 * 6 + 2 * (6 + 4))
+
+
 def test_the_limit_is_the_slower_of_memory_and_products() -> None:
     """A product of one row is bound by its weights, of a thousand rows by arithmetic."""
     limits = Limits(copy=1e12, multiply={"bf16": 1e14})

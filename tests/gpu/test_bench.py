@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_kernels, gpu_linears, gpu_models
+from bench import gpu, gpu_attention, gpu_kernels, gpu_linears, gpu_models
 from bench.gpu_cases import OURS, TINY, Case, Figure, run
 from bench.gpu_linears import PLAIN
 from bench.gpu_models import Plan
@@ -20,7 +20,7 @@ from shoal.worker.gpu.device import CudaDevice, Device, HostDevice
 
 LIMITS = Limits(copy=1e12, multiply={"bf16": 1e15, "fp8": 2e15, "int8": 2e15})
 
-CASES = [*gpu_linears.cases(TINY), *gpu_kernels.cases(TINY)]
+CASES = [*gpu_linears.cases(TINY), *gpu_attention.cases(TINY), *gpu_kernels.cases(TINY)]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")  # of flex_attention that is not compiled
