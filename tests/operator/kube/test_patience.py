@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from shoal.api.routes import Endpoint, RouteTable
 from shoal.api.types import InferenceServiceStatus
-from shoal.operator.actions import CreatePod, SaveRevision, WriteRoutes
-from shoal.operator.kube.patience import ALONE_SECONDS, CROWD_SECONDS, Portion, portion
+from shoal.operator.actions import WriteRoutes
+from shoal.operator.kube.patience import ALONE_SECONDS, CROWD_SECONDS, patience
 from shoal.operator.observe import Observed, ObservedPod
 from shoal.operator.plan import plan
 from shoal.operator.revision import revision_of
@@ -18,38 +19,33 @@ SERVICE = make_service()
 STARTING = ObservedPod("chat-0", revision_of(SERVICE.spec), 0, BORN, reason="Starting")
 
 
-def look(observed: Observed, age: float = 0.5, *, crowd: bool = False, **spec: Any) -> Portion:
-    """What is done for a service of that age, as the planner decides about it."""
+def look(observed: Observed, age: float = 0.5, *, crowd: bool = False, **spec: Any) -> float | None:
+    """How long the status of a service of that age waits, as the planner decides about it."""
     service = make_service(**spec)
     now = BORN + age
-    return portion(service, observed, plan(service, observed, now), now, crowd=crowd)
+    return patience(service, observed, plan(service, observed, now), now, crowd=crowd)
 
 
-def kinds(portion: Portion) -> list[type]:
-    return [type(action) for action in portion.actions]
-
-
-def test_the_first_look_makes_the_pods_alone() -> None:
-    """The table without a replica in it, and the status, wait for what becomes of them."""
-    first = look(Observed())
-    assert kinds(first) == [SaveRevision, CreatePod]
-    assert first.wait == pytest.approx(ALONE_SECONDS - 0.5)
+def first_table() -> RouteTable:
+    """What the first look writes: model ids, and no replica yet."""
+    actions = plan(SERVICE, Observed(), BORN).actions
+    return next(action.table for action in actions if isinstance(action, WriteRoutes))
 
 
 def test_a_pod_that_starts_is_waited_for() -> None:
-    """For a while, and for longer where many services want something."""
-    observed = Observed(pods=(STARTING,))
-    assert look(observed) == Portion((), ALONE_SECONDS - 0.5)
-    assert look(observed, age=3.0, crowd=True) == Portion((), CROWD_SECONDS - 3.0)
-    assert kinds(look(observed, age=3.0)) == [WriteRoutes]
+    """From the look that makes it, for a while, and for longer where many services want
+    something; the table that tells routers of the model does not end it."""
+    assert look(Observed()) == pytest.approx(ALONE_SECONDS - 0.5)
+    started = Observed(pods=(STARTING,), table=first_table())
+    assert look(started) == pytest.approx(ALONE_SECONDS - 0.5)
+    assert look(started, age=3.0, crowd=True) == pytest.approx(CROWD_SECONDS - 3.0)
+    assert look(started, age=3.0) is None
 
 
 @pytest.mark.parametrize("age", [-600.0, ALONE_SECONDS, 600.0])
 def test_clocks_that_differ_hold_nothing_up(age: float) -> None:
     """A service that is not new, or is of the future, is told of at once."""
-    found = look(Observed(), age=age)
-    assert found.wait is None
-    assert WriteRoutes in kinds(found)
+    assert look(Observed(), age=age) is None
 
 
 @pytest.mark.parametrize(
@@ -66,25 +62,25 @@ def test_clocks_that_differ_hold_nothing_up(age: float) -> None:
 def test_what_people_want_to_know_is_told_at_once(changes: dict[str, Any]) -> None:
     """A replica that is ready, and one that gets nowhere; members that look for each other."""
     observed = Observed(pods=(replace(STARTING, **changes),))
-    assert look(observed).wait is None
+    assert look(observed) is None
 
 
 def test_what_was_told_once_is_kept_up() -> None:
     """A status that is there, a table that is there, and pods that were refused do not wait."""
     pods = (STARTING,)
     told = InferenceServiceStatus(observed_generation=1)
-    assert look(Observed(pods=pods, status=told)).wait is None
-    assert look(Observed(pods=pods, rejected="no quota")).wait is None
-    table = next(a.table for a in look(Observed(), 9.0).actions if isinstance(a, WriteRoutes))
-    assert look(Observed(pods=pods, table=table)).wait is None
+    assert look(Observed(pods=pods, status=told)) is None
+    assert look(Observed(pods=pods, rejected="no quota")) is None
+    served = Endpoint(name="chat-0", address="10.0.0.1:9000", revision=STARTING.revision)
+    table = first_table().model_copy(update={"endpoints": (served,)})
+    assert look(Observed(pods=pods, table=table)) is None
 
 
 def test_a_service_without_pods_has_nothing_to_wait_for() -> None:
     """At zero replicas, and where the spec is refused."""
-    assert kinds(look(Observed(), replicas=0)) == [WriteRoutes]
-    assert look(Observed(), replicas=0).wait is None
-    refused = look(Observed(), podOverlay={"spec": {"containers": [{"image": "nameless"}]}})
-    assert refused.wait is None
+    assert look(Observed(), replicas=0) is None
+    nameless = {"spec": {"containers": [{"image": "nameless"}]}}
+    assert look(Observed(), podOverlay=nameless) is None
 
 
 def test_a_service_of_unknown_age_does_not_wait() -> None:
@@ -92,4 +88,4 @@ def test_a_service_of_unknown_age_does_not_wait() -> None:
     meta = SERVICE.metadata.model_copy(update={"creation_timestamp": None})
     ageless = SERVICE.model_copy(update={"metadata": meta})
     decided = plan(ageless, Observed(), BORN)
-    assert portion(ageless, Observed(), decided, BORN, crowd=True) == Portion(decided.actions)
+    assert patience(ageless, Observed(), decided, BORN, crowd=True) is None

@@ -73,7 +73,8 @@ async def carry_out(
     except ApiError as error:
         troubles.error = error
     if adopted or troubles.error is not None:
-        return Outcome(acted=adopted, error=troubles.error)
+        # Nothing of the plan is done yet: the next look, over what is ours now, does it at once.
+        return Outcome(acted=adopted, again=0.0 if adopted else None, error=troubles.error)
     groups = group_token and any(map(_joins_a_group, actions))
     if not groups or await troubles.survive(applier.ensure_group_token(service)):
         for action in actions:

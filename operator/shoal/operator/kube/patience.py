@@ -1,12 +1,12 @@
 """What may wait for a moment, so that one write tells what several would. Pure.
 
 A service that has just been made changes all the time: its pods are made, get a node, start. Its
-first route table (its model ids, and no replica yet) and its first status say little then, and
-both are written again a moment later. So they wait for its pods, for as long as all goes well and
-not for long; longer in a crowd, where each write holds up somebody else's.
+first status says little then, and is written again a moment later. So it waits for its pods, for
+as long as all goes well and not for long; longer in a crowd, where each write holds up somebody
+else's. Its first route table does not wait, though no replica is in it yet: by it routers know its
+model ids, and requests that come with the service wait for a replica instead of being refused.
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 from shoal.api.types import ConditionStatus, ConditionType, InferenceService
@@ -18,22 +18,13 @@ ALONE_SECONDS: Final = 2.0  # of a service's age
 CROWD_SECONDS: Final = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Portion:
-    """What of a plan is carried out now."""
-
-    actions: tuple[Action, ...]
-    wait: float | None = None  # seconds until which the rest has time; None: there is no rest
-
-
-def portion(
+def patience(
     service: InferenceService, observed: Observed, decided: Plan, now: float, *, crowd: bool
-) -> Portion:
-    """`crowd`: many services have something to be done."""
+) -> float | None:
+    """Seconds that the status has time; None: it has none. `crowd`: many services have something
+    to be done."""
     wait = _patience(service, now, CROWD_SECONDS if crowd else ALONE_SECONDS)
-    if wait is None or not _starts_well(observed, decided):
-        return Portion(decided.actions)
-    return Portion(tuple(a for a in decided.actions if not isinstance(a, WriteRoutes)), wait)
+    return wait if wait is not None and _starts_well(observed, decided) else None
 
 
 def _patience(service: InferenceService, now: float, longest: float) -> float | None:
@@ -51,7 +42,7 @@ def _starts_well(observed: Observed, decided: Plan) -> bool:
     return bool(
         starting
         and observed.status.observed_generation == 0
-        and observed.table is None
+        and not (observed.table is not None and observed.table.endpoints)
         and observed.rejected is None
         and (degraded is None or degraded.status is not ConditionStatus.TRUE)
         and all(map(_on_its_way, observed.pods))

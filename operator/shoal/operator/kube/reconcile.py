@@ -20,7 +20,7 @@ from shoal.operator.kube.kinds import INFERENCE_SERVICES, POD_MONITORS, PODS, Ki
 from shoal.operator.kube.news import news, pod_news
 from shoal.operator.kube.observing import observe, read_status
 from shoal.operator.kube.outcome import Next, Outcome, leads_on, next_look, waits_for_routers
-from shoal.operator.kube.patience import portion
+from shoal.operator.kube.patience import patience
 from shoal.operator.kube.progress import FetchProgress
 from shoal.operator.kube.routers import RouterFleet
 from shoal.operator.kube.verdicts import incomplete_status, unreadable_status
@@ -105,13 +105,13 @@ class Reconciler:
         self._fleet.under_way(key, waits_for_routers(observed, decided))
         self._fleet.scales(key, observed.scaling is not None or observed.trial is not None)
         platform, around = self._around.platform, self._around
-        now = portion(service, observed, decided, around.wall(), crowd=around.crowd())
-        if now.wait is not None and not now.actions:
-            return Next(after=now.wait)
+        wait = patience(service, observed, decided, around.wall(), crowd=around.crowd())
+        if wait is not None and not decided.actions:
+            return Next(after=wait)
         outcome = await carry_out(
             self._applier,
             service,
-            now.actions,
+            decided.actions,
             desired_children(
                 service,
                 observed,
@@ -123,8 +123,8 @@ class Reconciler:
             group_token=platform.multi_node and needs_group_token(service, observed, platform.pods),
         )
         news = self._note_rejection(key, service, outcome)
-        if now.wait is not None and outcome == Outcome(acted=True):
-            return Next(after=now.wait)
+        if wait is not None and outcome == Outcome(acted=True):
+            return Next(after=wait)
         if outcome.error is None and (news or leads_on(observed, decided, outcome)):
             # What was done is seen already, and there may be more to do. The look that finds
             # nothing more tells how it stands.
