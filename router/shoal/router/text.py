@@ -25,7 +25,7 @@ _INLINE_FAST = 8_192
 _INLINE_SLOW = 1_024
 # Turns of a chat that came before need not be encoded again: the twentieth of a talk of 11 KB takes
 # 0.06 ms, not 0.5. To remember a short text costs more than it saves.
-_SEGMENT_CACHE_BYTES = 32 * 1024 * 1024
+_SEGMENT_CACHE_BYTES = 8 * 1024 * 1024
 _REMEMBERED_CHARACTERS = 2_000
 _NORMALIZER_SLACK = 4  # a normalizer may shrink text, by no more than this
 
@@ -172,21 +172,25 @@ def _fast_encoder(
     except ImportError:
         return None
     try:
-        fast = FastTokenizer.from_json_str(description)
+        plain = FastTokenizer.from_json_str(description)
         remembering = FastTokenizer.from_json_str(description)
         remembering.enable_segment_cache(_SEGMENT_CACHE_BYTES)
 
         def encode(text: str, add_special_tokens: bool) -> list[int]:
-            tokenizer = fast if len(text) < _REMEMBERED_CHARACTERS else remembering
+            tokenizer = plain if len(text) < _REMEMBERED_CHARACTERS else remembering
             ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
             return ids
 
         around = tuple(f"a {token}b{token} c" for token in added_tokens[:64])
         for probe in (*_PROBES, *around, "".join(added_tokens[:64])):
             for special in (True, False):
-                if encode(probe, special) != reference(probe, special):
-                    log.warning("fastokens disagrees with tokenizers on %r: not used", probe[:40])
-                    return None
+                expected = reference(probe, special)
+                for tokenizer in (plain, remembering, remembering):  # new to it, then known
+                    if tokenizer.encode(probe, add_special_tokens=special).ids != expected:
+                        log.warning(
+                            "fastokens disagrees with tokenizers on %r: not used", probe[:40]
+                        )
+                        return None
     except Exception as error:  # whatever a young library raises: the reference serves on
         log.warning("fastokens cannot read this tokenizer (%s): not used", error)
         return None
