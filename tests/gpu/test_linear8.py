@@ -54,6 +54,22 @@ def test_a_row_wider_than_a_program_is_coded_in_two_passes(device: torch.device)
     assert (codes.int() - expected.int()).abs().max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("blocked", [False, True], ids=["rows", "blocks"])
+@pytest.mark.parametrize("dtype", CODES, ids=str)
+def test_what_is_not_finite_stays_so(
+    dtype: torch.dtype, blocked: bool, value: float, device: torch.device
+) -> None:
+    """Codes have no NaN and no infinity, so the scale tells of them, and of nobody else's."""
+    x = random(3, 256, device=device)
+    x[1, 3] = value
+    weight = quantize8(random(48, 256, device=device), dtype, blocked=blocked)
+    out = linear8(*coded(x, dtype, blocked), weight, out_dtype=torch.float32)
+    assert out[[0, 2]].isfinite().all()
+    assert not out[1].isfinite().any()
+
+
 @pytest.mark.parametrize("blocked", [False, True], ids=["rows", "blocks"])
 @pytest.mark.parametrize("dtype", CODES, ids=str)
 @pytest.mark.parametrize("rows,outputs,inputs", SHAPES)

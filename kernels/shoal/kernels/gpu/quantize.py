@@ -82,6 +82,13 @@ def encode(x, INTEGER: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def magnitude(x):
+    """|x|, infinite for NaN, which a maximum on a GPU would pass over: the scale of what is not
+    finite is infinite, and so nothing finite comes of its codes."""
+    return tl.where(x != x, float("inf"), tl.abs(x))
+
+
+@triton.jit
 def _quantize_rows_kernel(
     x_ptr,  # [rows, columns]
     codes_ptr,  # [rows, columns]
@@ -101,7 +108,7 @@ def _quantize_rows_kernel(
     at = tl.arange(0, BLOCK)
     if WHOLE:
         x = tl.load(x_ptr + at, mask=at < columns, other=0.0).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST) / LIMIT
+        scale = tl.maximum(tl.max(magnitude(x), 0), SMALLEST) / LIMIT
         x = tl.clamp(x / scale, -LIMIT, LIMIT)
         tl.store(codes_ptr + at, encode(x, INTEGER, NATIVE), mask=at < columns)
     else:
@@ -109,7 +116,7 @@ def _quantize_rows_kernel(
         for start in range(0, columns, BLOCK):
             here = start + at
             x = tl.load(x_ptr + here, mask=here < columns, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(x))
+            most = tl.maximum(most, magnitude(x))
         scale = tl.maximum(tl.max(most, 0), SMALLEST) / LIMIT
         for start in range(0, columns, BLOCK):
             here = start + at
@@ -138,7 +145,7 @@ def _quantize_groups_kernel(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     x = tl.load(x_ptr + row * x_stride + at, mask=at < columns, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), 1), SMALLEST) / LIMIT
+    scale = tl.maximum(tl.max(magnitude(x), 1), SMALLEST) / LIMIT
     x = tl.clamp(x / scale[:, None], -LIMIT, LIMIT)
     tl.store(codes_ptr + row * columns + at, encode(x, INTEGER, NATIVE), mask=at < columns)
     tl.store(scales_ptr + row * groups + group, scale, mask=group < groups)
