@@ -29,8 +29,9 @@ def test_defaults_stand_where_nothing_is_given() -> None:
 
 def test_engine_settings_reach_the_worker_with_equal_defaults() -> None:
     """Every setting of the worker is a key of spec.engine, but for the memory limit, which
-    resources.memory gives, and device and backend, which are for comparing."""
-    alone = ("memory_limit_bytes", "device", "backend")
+    resources.memory gives, device and backend, which are for comparing, and kv_cache_dtype, which
+    GPUs alone have."""
+    alone = ("memory_limit_bytes", "device", "backend", "kv_cache_dtype")
     settings = {f.name: f.default for f in fields(EngineConfig) if f.name not in alone}
     spec = EngineSpec()
     assert settings == {name: getattr(spec, name) for name in settings}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from shoal.worker.config import EngineConfig, ParallelConfig
-from shoal.worker.gpu.choose import chosen_device, device_precision
+from shoal.worker.gpu.choose import cache_dtype, check_cpu, chosen_device, device_precision
 from shoal.worker.parallel.create import create_group
 
 WITHOUT = """
@@ -69,6 +69,17 @@ def test_the_interpreter_has_no_bfloat16() -> None:
         device_precision("bfloat16", "interpreter")
     with pytest.raises(ValueError, match="expected auto, bfloat16, float16, float32"):
         device_precision("int8", "cuda")
+
+
+def test_a_rounded_cache_is_for_gpus() -> None:
+    """A CPU refuses it, and a kind that nobody has is named."""
+    config, precision = EngineConfig(kv_cache_dtype="fp8"), device_precision("float32", "cuda")
+    assert cache_dtype(config, precision) is torch.float8_e4m3fn
+    assert cache_dtype(EngineConfig(), precision) is torch.float32
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'fp8', which needs a GPU"):
+        check_cpu(config)
+    with pytest.raises(ValueError, match="kv_cache_dtype is 'int2', expected auto, fp8 or int8"):
+        cache_dtype(EngineConfig(kv_cache_dtype="int2"), precision)
 
 
 def test_a_divided_model_is_not_for_a_gpu(tmp_path) -> None:

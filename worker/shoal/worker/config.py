@@ -1,8 +1,9 @@
 """Engine settings: one dataclass, filled from flags, from `LLM(...)` or from a pod's arguments.
 
 Every field is a flag of `python -m shoal.worker` (kebab-case there). All but `device` and
-`backend`, which are for comparing, and `memory_limit_bytes`, which is `spec.resources.memory`, are
-keys of `spec.engine` (camelCase there) and flags of `shoal serve`.
+`backend`, which are for comparing, `kv_cache_dtype`, which GPUs alone have, and
+`memory_limit_bytes`, which is `spec.resources.memory`, are keys of `spec.engine` (camelCase there)
+and flags of `shoal serve`.
 """
 
 from dataclasses import dataclass
@@ -18,8 +19,10 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory_fraction: float = 0.9  # of the room for the KV cache: see shoal.worker.memory
     kv_cache_blocks: int | None = None  # None: as many as the memory fraction holds
+    kv_cache_dtype: str = "auto"  # auto | fp8 | int8, of a GPU; auto: that of the weights
     dtype: str = "auto"  # auto | bfloat16 | float16 | float32
-    quantization: str = "auto"  # auto | none | int8, at load time; auto: as the checkpoint is
+    # auto | none | int8, and fp8 on a GPU, at load time; auto: as the checkpoint is
+    quantization: str = "auto"
     enable_prefix_caching: bool = True
     max_prefill_tokens: int | None = None  # of one request in one step; None: half the budget
     threads: int | None = None  # of the CPU backend; None: the cores this process may use

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from shoal.worker.config import EngineConfig
-from shoal.worker.gpu.choose import chosen_device
+from shoal.worker.gpu.choose import check_cpu, chosen_device
 from shoal.worker.model.weights import UnknownArchitecture
 from shoal.worker.runner import InProcessExecutor, create_executor, longest_sequence
 
@@ -32,6 +32,7 @@ def create_in_process(
     architecture that is not of the registry goes to the CPU where both are `auto`."""
     kind = chosen_device(config, torch.cuda.is_available())
     if kind is None:
+        check_cpu(config)
         return create_executor(path, config, progress, clock, packed)
     # Triton's own default, which some of its versions warn about where it is not said.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -42,5 +43,6 @@ def create_in_process(
     except UnknownArchitecture as unknown:
         if config.device != "auto" or config.backend != "auto":
             raise
+        check_cpu(config)
         log.warning("the GPU is left out: %s", unknown)
         return create_executor(path, config, progress, clock, packed)

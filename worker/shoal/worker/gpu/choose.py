@@ -9,6 +9,8 @@ from shoal.worker.config import EngineConfig
 from shoal.worker.model.precision import Precision
 
 DEVICES = ("auto", "cpu", "cuda")
+# What weights and the KV cache can be rounded to, each row with a scale of its own.
+CODES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _CPU_BACKENDS = ("native", "torch")
 _KNOWN = {
     name: Precision(name, dtype, dtype, dtype)
@@ -55,6 +57,23 @@ def chosen_device(
     return "cuda" if cuda and device != "cpu" and backend == "auto" else None
 
 
+def check_cpu(config: EngineConfig) -> None:
+    """Raises ValueError for settings that GPUs alone have."""
+    if config.kv_cache_dtype != "auto":
+        raise ValueError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r}, which needs a GPU: choose auto"
+        )
+
+
+def cache_dtype(config: EngineConfig, precision: Precision) -> torch.dtype:
+    """What keys and values are kept in. ValueError for what is not known."""
+    if config.kv_cache_dtype == "auto":
+        return precision.cache
+    if config.kv_cache_dtype not in CODES:
+        raise ValueError(f"kv_cache_dtype is {config.kv_cache_dtype!r}, expected auto, fp8 or int8")
+    return CODES[config.kv_cache_dtype]
+
+
 def device_precision(dtype: str, kind: str) -> Precision:
     """The precision of a device for a `dtype` setting; `auto` is bfloat16 where the device has it
     in hardware, else float16, and float32 for the interpreter. ValueError for what it has not."""
@@ -63,7 +82,9 @@ def device_precision(dtype: str, kind: str) -> Precision:
         if interpreted:
             dtype = "float32"
         else:
-            dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+            dtype = (
+                "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+            )
     if dtype not in _KNOWN:
         raise ValueError(f"dtype is {dtype!r}, expected auto, " + ", ".join(sorted(_KNOWN)))
     if interpreted and dtype == "bfloat16":

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from shoal.kernels.gpu.linear8 import Linear8, Weight8
+from shoal.kernels.gpu.linear8 import Linear8
+from shoal.kernels.gpu.pack8 import quantize8
 from shoal.worker.config import EngineConfig
-from shoal.worker.gpu.choose import device_precision
+from shoal.worker.gpu.choose import CODES, cache_dtype, device_precision
 from shoal.worker.gpu.decoder import DeviceDecoder
 from shoal.worker.gpu.device import CudaDevice, Device, HostDevice
 from shoal.worker.gpu.executor import GpuExecutor
@@ -67,11 +68,17 @@ def executor_of(
     started = clock()
     with torch.inference_mode():
         decoder = load_device_decoder(
-            checkpoint, precision, device, max_model_len, linear_maker(config)
+            checkpoint,
+            precision,
+            device,
+            max_model_len,
+            linear_maker(config),
+            keep_codes=config.quantization == "auto",
         )
     progress("load", clock() - started)
     started = clock()
     slots = min(config.max_num_seqs, config.max_batched_tokens)
+    cache = cache_dtype(config, precision)
     memory = measure(decoder, config, device, max_model_len, slots)
     per_sequence = -(-max_model_len // config.block_size)
     blocks = memory.blocks(config, slots * per_sequence + 1)
@@ -90,7 +97,7 @@ def executor_of(
             block_size=config.block_size,
             max_model_len=max_model_len,
             slots=slots,
-            rows=slots,
+            cache=cache,
             device=device.home,
         )
         executor = GpuExecutor(model, device, clock, slots)
@@ -108,14 +115,9 @@ def measure(
     """What is left behind the weights, and what a step of max_batched_tokens takes of it."""
     spec = decoder.spec
     free = device.free_memory()
-    block_bytes = (
-        2
-        * spec.num_layers
-        * spec.num_kv_heads
-        * spec.head_dim
-        * config.block_size
-        * decoder.precision.cache.itemsize
-    )
+    cache = cache_dtype(config, decoder.precision)
+    row = spec.head_dim * cache.itemsize + (4 if cache in CODES.values() else 0)
+    block_bytes = 2 * spec.num_layers * spec.num_kv_heads * config.block_size * row
     with torch.inference_mode():
         model = device_model(
             decoder,
@@ -123,7 +125,7 @@ def measure(
             block_size=config.block_size,
             max_model_len=max_model_len,
             slots=slots,
-            rows=slots,
+            cache=cache,
             device=device.home,
         )
         probe = GpuExecutor(model, device, lambda: 0.0, slots)
@@ -139,11 +141,12 @@ def linear_maker(config: EngineConfig) -> MakeLinear:
     """What becomes of a layer's matrices. ValueError for a quantization that is not known."""
     if config.quantization in ("auto", "none"):
         return Dense
-    if config.quantization == "int8":
-        return lambda weight, bias: Linear8(Weight8.of(weight, torch.int8), bias)
-    raise ValueError(
-        f"quantization is {config.quantization!r}, expected auto, none or int8 on a GPU"
-    )
+    codes = CODES.get(config.quantization)
+    if codes is None:
+        raise ValueError(
+            f"quantization is {config.quantization!r}, expected auto, none, int8 or fp8 on a GPU"
+        )
+    return lambda weight, bias: Linear8(quantize8(weight, codes), bias)
 
 
 def _interpreter_memory() -> int:

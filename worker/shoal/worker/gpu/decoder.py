@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.kernels.gpu.attention import paged_attention
 from shoal.kernels.gpu.embedding import embed
-from shoal.kernels.gpu.kv_cache import KvCache, store_kv
+from shoal.kernels.gpu.kv_cache import KvCache
 from shoal.worker.gpu.layers import DeviceLayer, DeviceNorm, Linear, StepInputs
 from shoal.worker.model.precision import Precision
 from shoal.worker.model.rope import RopeSpec
@@ -79,13 +79,9 @@ class DeviceDecoder:
     def _attend(self, layer: DeviceLayer, x: Tensor, step: StepInputs, cache: KvCache) -> Tensor:
         """[tokens, hidden] -> [tokens, heads * value_dim]"""
         spec, rope = self.spec, layer.spec.rope
-        heads = layer.heads(x, None if rope is None else self.turns[rope], step.positions)
-        queries, keys, values = heads.tensor_split(
-            (spec.num_heads, spec.num_heads + spec.num_kv_heads), dim=1
-        )
-        store_kv(keys, values, cache, step.places)
+        turns = None if rope is None else self.turns[rope]
         attended = paged_attention(
-            queries,
+            layer.heads(x, turns, step, cache),
             cache,
             step.batch,
             spec.score_scale,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 class Event(Protocol):
@@ -104,7 +104,7 @@ class CudaDevice:
         return out.copy_(values, non_blocking=True)
 
     def record(self) -> "CudaEvent":
-        event = torch.cuda.Event(blocking=False)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
         event.record()
         return CudaEvent(event)
 

@@ -162,7 +162,9 @@ class GpuExecutor:
         flat = self._device.upload(np.concatenate([array.reshape(-1) for array in arrays]))
         parts = [
             part.view(array.shape)
-            for part, array in zip(flat.split([a.size for a in arrays]), arrays, strict=True)
+            for part, array in zip(
+                torch.split(flat, [array.size for array in arrays]), arrays, strict=True
+            )
         ]
         sampling, chosen = parts[6], parts[8]
         for slot, first, end in history_parts(plan.init):

@@ -16,6 +16,8 @@ from shoal.kernels.experts import Routing, route
 from shoal.kernels.gpu.activation import activated, gated
 from shoal.kernels.gpu.attention import AttentionBatch
 from shoal.kernels.gpu.experts import mix_experts
+from shoal.kernels.gpu.heads import HeadNorms, store_heads_
+from shoal.kernels.gpu.kv_cache import KvCache, store_kv
 from shoal.kernels.gpu.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -23,8 +25,9 @@ from shoal.kernels.gpu.norm import (
     norm_heads_,
     rms_norm,
 )
+from shoal.kernels.gpu.pack4 import Weight4
 from shoal.kernels.gpu.rope import apply_rope_
-from shoal.worker.model.spec import DecoderSpec, LatentSpec, LayerSpec, NormKind
+from shoal.worker.model.spec import DecoderSpec, LatentSpec, LayerSpec, NormKind, QkNorm
 
 LATENT_EPS = 1e-6  # DeepSeek's, whatever the other norms have
 
@@ -76,11 +79,12 @@ class DeviceNorm:
 
 
 class Heads(Protocol):
-    def __call__(self, x: Tensor, turns: Tensor | None, positions: Tensor) -> Tensor:
-        """Queries, keys and values of each token, normed and rotated.
+    def __call__(self, x: Tensor, turns: Tensor | None, step: StepInputs, cache: KvCache) -> Tensor:
+        """Queries, keys and values of each token, normed and rotated; the latter two go to the
+        cache.
 
         x [tokens, hidden]; turns [positions, rotary_dim] float32, none where the layer does not
-        see positions; positions [tokens] int64 -> [tokens, heads + 2 * kv_heads, head_dim].
+        see positions -> queries [tokens, heads, head_dim].
         """
         ...
 
@@ -92,18 +96,27 @@ class ProjectedHeads:
     query_norm: Tensor | None  # [head_dim] or [heads * head_dim] float32
     key_norm: Tensor | None
 
-    def __call__(self, x: Tensor, turns: Tensor | None, positions: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, turns: Tensor | None, step: StepInputs, cache: KvCache) -> Tensor:
         spec = self.spec
-        rotated = spec.num_heads + spec.num_kv_heads
         heads = self.qkv(x).view(len(x), -1, spec.head_dim)
+        norms = None
         if self.query_norm is not None and self.key_norm is not None:
-            _norm_(heads[:, : spec.num_heads], self.query_norm, spec.norm_eps)
-            _norm_(heads[:, spec.num_heads : rotated], self.key_norm, spec.norm_eps)
+            if spec.qk_norm is QkNorm.HEAD and spec.clip_qkv is None:
+                norms = HeadNorms(self.query_norm, self.key_norm, spec.norm_eps)
+            else:
+                rotated = spec.num_heads + spec.num_kv_heads
+                _norm_(heads[:, : spec.num_heads], self.query_norm, spec.norm_eps)
+                _norm_(heads[:, spec.num_heads : rotated], self.key_norm, spec.norm_eps)
         if spec.clip_qkv is not None:
             heads.clamp_(-spec.clip_qkv, spec.clip_qkv)
-        if turns is not None:
-            apply_rope_(heads[:, :rotated], turns, positions, interleaved=True)
-        return heads
+        return store_heads_(
+            heads,
+            cache,
+            step.places,
+            norms=norms,
+            table=turns,
+            positions=None if turns is None else step.positions,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +132,10 @@ class LatentHeads:
     kv_norm: Tensor  # [kv_rank] float32
     kv_up: Linear  # kv_rank -> heads * (plain_dim + value_dim)
 
-    def __call__(self, x: Tensor, turns: Tensor | None, positions: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, turns: Tensor | None, step: StepInputs, cache: KvCache) -> Tensor:
         assert turns is not None, "latent attention rotates in every layer"
         latent, count, heads = self.latent, len(x), self.spec.num_heads
-        rotary = latent.rotary_dim
+        rotary, positions = latent.rotary_dim, step.positions
         narrow = x
         if self.query_down is not None and self.query_norm is not None:
             narrow = rms_norm(self.query_down(x), self.query_norm, LATENT_EPS, x.dtype)
@@ -138,7 +151,8 @@ class LatentHeads:
         keys[..., :rotary] = key
         keys[..., rotary:] = expanded[..., : latent.plain_dim]
         values[..., : latent.value_dim] = expanded[..., latent.plain_dim :]
-        return out
+        store_kv(keys, values, cache, step.places)
+        return queries
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +180,8 @@ class ExpertsMlp:
     router: Linear  # hidden -> experts
     correction: Tensor | None  # [experts] float32
     routing: Routing
-    gate_up: Tensor  # [experts, 2 * inner, hidden]
-    down: Tensor  # [experts, hidden, inner]
+    gate_up: Tensor | Weight4  # [experts, 2 * inner, hidden]
+    down: Tensor | Weight4  # [experts, hidden, inner]
     activation: str
     shared: GatedMlp | None  # of every token
     shared_gate: Linear | None  # hidden -> 1: the shared expert's weight

@@ -68,24 +68,6 @@ class DeviceModel:
         self.caches.clear()
 
 
-def allocate_caches(
-    decoder: DeviceDecoder, num_blocks: int, block_size: int, device: torch.device
-) -> list[KvCache]:
-    """One a layer."""
-    spec = decoder.spec
-    return [
-        KvCache.allocate(
-            num_blocks,
-            spec.num_kv_heads,
-            block_size,
-            spec.head_dim,
-            decoder.precision.cache,
-            device,
-        )
-        for _ in spec.layers
-    ]
-
-
 def device_model(
     decoder: DeviceDecoder,
     *,
@@ -93,16 +75,22 @@ def device_model(
     block_size: int,
     max_model_len: int,
     slots: int,
-    rows: int,
+    cache: torch.dtype,
     device: torch.device,
 ) -> DeviceModel:
-    """With caches and state of its own; `rows`: of the largest step of decodes."""
+    """With caches and state of its own for so many sequences at a time."""
+    spec = decoder.spec
     return DeviceModel(
         decoder=decoder,
-        caches=allocate_caches(decoder, num_blocks, block_size, device),
+        caches=[
+            KvCache.allocate(
+                num_blocks, spec.num_kv_heads, block_size, spec.head_dim, cache, device
+            )
+            for _ in spec.layers
+        ],
         # The last token of a full sequence is stored, though never computed.
         state=SlotRows.allocate(slots, max_model_len + 1, -(-max_model_len // block_size), device),
-        starts=torch.arange(rows + 1, dtype=torch.int32, device=device),
+        starts=torch.arange(slots + 1, dtype=torch.int32, device=device),
         max_model_len=max_model_len,
         num_blocks=num_blocks,
         block_size=block_size,

@@ -35,6 +35,7 @@ _SIGN = 1 << 63
 class Draw(enum.Enum):
     """What a draw asks of its rows."""
 
+    GREEDY = "greedy"  # nothing
     PLAIN = "plain"  # their numbers
     PENALISED = "penalised"  # and what they hold so far
     LISTED = "listed"  # and lists of ids that are biased or forbidden
@@ -58,6 +59,7 @@ class DeviceSampler:
         self._floats[[2, 5, 6]] = 0.0
         self._workspace = SamplingWorkspace.allocate(slots, spec.vocab_size, home)
         self._entered: dict[int, tuple[list[float], list[int]]] = {}
+        self._greedily = np.ones(slots, np.bool_)
         self._penalised = np.zeros(slots, np.bool_)
         self._listed = np.zeros(slots, np.bool_)
         self._likeliest: dict[int, int] = {}  # slot -> how many logprobs
@@ -90,6 +92,7 @@ class DeviceSampler:
         if params.min_tokens and ends:
             self._held[slot] = (sorted(ends), prompt_len + params.min_tokens)
         self._listed[slot] = slot in self._biased or slot in self._held
+        self._greedily[slot] = params.greedy
         self._penalised[slot] = numbers[4:] != [1.0, 0.0, 0.0]
 
     def upload(self) -> None:
@@ -113,7 +116,9 @@ class DeviceSampler:
         """The least that serves these."""
         if self._listed[slots].any():
             return Draw.LISTED
-        return Draw.PENALISED if self._penalised[slots].any() else Draw.PLAIN
+        if self._penalised[slots].any():
+            return Draw.PENALISED
+        return Draw.GREEDY if self._greedily[slots].all() else Draw.PLAIN
 
     def draw(
         self, kind: Draw, logits: Tensor, slots: Tensor, positions: Tensor, ids: Tensor, how: Tensor
@@ -123,7 +128,7 @@ class DeviceSampler:
         temperature, top_p, min_p, typical_p, repetition, frequency, presence = self._floats
         _, prompts, seeds, _ = self._ints
         penalties = None
-        if kind is not Draw.PLAIN:
+        if kind in (Draw.PENALISED, Draw.LISTED):
             penalties = Penalties(repetition, frequency, presence, self._state.tokens, prompts)
         listed = kind is Draw.LISTED
         batch = SamplingBatch(
@@ -139,6 +144,7 @@ class DeviceSampler:
             penalties=penalties,
             bias=self._bias if listed else None,
             forbidden=self._forbidden if listed else None,
+            all_greedy=kind is Draw.GREEDY,
         )
         sample(logits, batch, ids=ids, status=how, workspace=self._workspace)
 
@@ -171,8 +177,11 @@ class DeviceSampler:
         start: int = 0,
     ) -> Likeliest:
         top = min(max(wanted), self._vocab)
-        parts = (chosen, *token_logprobs(logits.float(), chosen, top))
-        return Likeliest(owners, wanted, *map(self._device.download, parts), start)
+        send = self._device.download
+        logprob, rank, ids, values = token_logprobs(logits.float(), chosen, top)
+        return Likeliest(
+            owners, wanted, send(chosen), send(logprob), send(rank), send(ids), send(values), start
+        )
 
     def _upload_lists(self) -> None:
         slots = len(self._greedy)

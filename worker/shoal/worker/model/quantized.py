@@ -5,6 +5,7 @@ scales appears under its own name and shape. What a format keeps for activations
 not looked at: both stay in the model's precision.
 """
 
+import enum
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,15 @@ _UNUSED = ("input_scale", "output_scale", "input_zero_point", ".k_scale", ".v_sc
 Shape = tuple[int, ...]
 
 
+class FourBits(enum.Enum):
+    """How codes of four bits are packed, for who computes with them as they are."""
+
+    GPTQ = enum.auto()
+    GPTQ_2 = enum.auto()  # the second version of the format
+    AWQ = enum.auto()
+    COMPRESSED = enum.auto()  # pack-quantized
+
+
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """How one format stores a matrix `p.weight` [outputs, inputs]."""
@@ -35,6 +45,7 @@ class Scheme:
     # The matrix's shape, of the shape of the codes and the prefix.
     shape: Callable[[Shape, str], Shape]
     dequantize: Callable[[Mapping[str, Tensor]], Tensor]  # tensors by the ends of their names
+    four_bits: FourBits | None = None  # None: codes are of another size
 
 
 class QuantizedSource:
@@ -81,8 +92,7 @@ class QuantizedSource:
         """float32 where it was quantized, else as stored."""
         if (prefix := self._prefixes.get(name)) is None:
             return self._source.read(name)
-        ends = [end for end in self._scheme.parts if f"{prefix}{end}" in self._source.shapes]
-        tensors = {end: self._source.raw(f"{prefix}{end}") for end in (self._scheme.main, *ends)}
+        tensors = self._stored(prefix)
         try:
             return self._scheme.dequantize(tensors).contiguous()
         except RuntimeError as error:
@@ -91,6 +101,19 @@ class QuantizedSource:
                 f"{self.origin}: {found} do not fit each other, expected those of "
                 f"{name} {list(self.shapes[name])}"
             ) from error
+
+    def has_four_bits(self, name: str) -> bool:
+        """Whether a matrix is stored as codes of four bits."""
+        return self._scheme.four_bits is not None and name in self._prefixes
+
+    def four_bits(self, name: str) -> tuple[FourBits, Mapping[str, Tensor]]:
+        """The stored tensors of such a matrix, by the ends of their names."""
+        assert self._scheme.four_bits is not None, "other codes are read dequantized"
+        return self._scheme.four_bits, self._stored(self._prefixes[name])
+
+    def _stored(self, prefix: str) -> dict[str, Tensor]:
+        ends = [end for end in self._scheme.parts if f"{prefix}{end}" in self._source.shapes]
+        return {end: self._source.raw(f"{prefix}{end}") for end in (self._scheme.main, *ends)}
 
     def read_runs(self, name: str, dim: int, runs: Sequence[tuple[int, int]]) -> Tensor:
         """As of other sources; a quantized matrix is read whole."""
@@ -155,6 +178,7 @@ def _gptq(config: Mapping[str, Any]) -> Scheme:
         (".scales", ".qzeros", ".g_idx"),
         lambda shape, prefix: (shape[1], shape[0] * _WORD // bits),
         dequantize,
+        (FourBits.GPTQ if shift else FourBits.GPTQ_2) if bits == 4 else None,
     )
 
 
@@ -181,6 +205,7 @@ def _awq(config: Mapping[str, Any]) -> Scheme:
         (".scales", ".qzeros"),
         lambda shape, prefix: (shape[1] * _WORD // bits, shape[0]),
         dequantize,
+        FourBits.AWQ,
     )
 
 
@@ -252,7 +277,8 @@ def _compressed(config: Mapping[str, Any], source: SafetensorsSource) -> Scheme:
 
     if packed:
         parts = (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_g_idx")
-        return Scheme(".weight_packed", parts, shape, dequantize)
+        four = FourBits.COMPRESSED if bits == 4 and block is None else None
+        return Scheme(".weight_packed", parts, shape, dequantize, four)
     return Scheme(".weight", (".weight_scale", ".weight_zero_point"), shape, dequantize)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from shoal.worker.config import EngineConfig, ParallelConfig
 from shoal.worker.executor import DeviceLost
+from shoal.worker.gpu.choose import check_cpu
 from shoal.worker.parallel.driver import GroupExecutor, Launcher
 from shoal.worker.parallel.invitation import Order
 from shoal.worker.parallel.local import LocalLauncher
@@ -30,6 +31,7 @@ def create_group(
             f"over ranks ({parallel.tensor} x {parallel.pipeline}) is computed on CPUs: choose "
             "tensor 1 and pipeline 1, or device cpu"
         )
+    check_cpu(config)
     cache = None if cache_dir is None else str(cache_dir)
     order = Order(str(path), uri or str(path), model_revision, cache, config)
     launcher = _launcher(parallel, log_format)
