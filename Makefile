@@ -97,11 +97,13 @@ bench-router: $(VENV)/dev.stamp ## router overhead against a worker that answers
 GPU_PYTHON ?= python3
 GPU_SECONDS ?= 270
 GPU_PATH := .:api:kernels:worker:router:operator:cli
-GPU_RUN := PYTHONPATH=$(GPU_PATH) TRITON_DEFAULT_FP_FUSION=1 $(GPU_PYTHON)
+GPU_ENV := PYTHONPATH=$(GPU_PATH) TRITON_DEFAULT_FP_FUSION=1
+GPU_RUN := $(GPU_ENV) $(GPU_PYTHON)
 
 gpu-test: ## the kernels against their oracles and the engine against transformers, on a GPU
+	@$(GPU_RUN) -c "import importlib.util as u, sys; lacks = [n for n in ('torch', 'triton', 'transformers', 'pytest', 'hypothesis') if u.find_spec(n) is None]; sys.exit(f'$(GPU_PYTHON) lacks {\", \".join(lacks)}. Where another has them: make gpu-test GPU_PYTHON=/path/to/python3' if lacks else 0)"
 	@$(GPU_RUN) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "torch of $(GPU_PYTHON) finds no GPU here. Where another one does: make gpu-test GPU_PYTHON=/path/to/python3")'
-	@$(GPU_RUN) -m pytest -W ignore::pytest.PytestConfigWarning tests/gpu
+	@$(GPU_ENV) timeout 480 $(GPU_PYTHON) -m pytest -W default tests/gpu
 
 gpu-bench: ## kernels and models on a GPU beside its limits, in GPU_SECONDS; results under bench/results
 	@$(GPU_RUN) -m bench.gpu --seconds $(GPU_SECONDS)

@@ -59,7 +59,7 @@ def _paged(
     )
     tables = 1 + torch.randperm(batch * per, device=device).view(batch, per)
     slots = torch.arange(cache.keys.shape[0] * sizes.block_size, device=device)
-    for part in slots.split(1 << 16):
+    for part in torch.split(slots, 1 << 16):
         kv = randn(device, len(part), sizes.kv_heads, sizes.head_dim)
         store_kv(kv, kv, cache, part)
     return cache, tables.int()

@@ -161,7 +161,7 @@ def _heads(sizes: Sizes) -> Prepare:
         slots = torch.randperm(rows, device=device) + sizes.block_size
         table = randn(device, 512, dim, dtype=torch.float32)
         positions = torch.arange(rows, device=device)
-        norms = HeadNorms(*torch.ones(2, dim, device=device).unbind(), 1e-6)
+        norms = HeadNorms(torch.ones(dim, device=device), torch.ones(dim, device=device), 1e-6)
         return {
             OURS: lambda: store_heads_(
                 heads, cache, slots, norms=norms, table=table, positions=positions

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -16,6 +17,11 @@ if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*"]
 elif find_spec("triton") is None:  # a platform that torch has no Triton for
     collect_ignore_glob = ["test_[!c]*"]  # all but the checks
+
+if not INTERPRETED:
+    # A machine with a GPU is rare: what fails there fails again in the next run.
+    settings.register_profile("device", derandomize=True, deadline=None)
+    settings.load_profile("device")
 
 
 @pytest.fixture(scope="session")

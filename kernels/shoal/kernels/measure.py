@@ -54,7 +54,7 @@ class CudaClock:
 
     def measure(self, launch: Launch, seconds: float = 0.05) -> Times:
         """Raises RuntimeError for a launch that waits for the device: it cannot be recorded."""
-        side = torch.cuda.Stream(self.device)
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's own
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(2):

@@ -9,10 +9,10 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from triton.runtime.errors import OutOfResources, PTXASError
 
 from shoal.kernels.compile_proof import tunables
 from shoal.kernels.gpu.configs import (
@@ -23,7 +23,8 @@ from shoal.kernels.gpu.configs import (
     Table,
     Tunable,
     device_name,
-    load,
+    path_of,
+    read,
     write,
 )
 from shoal.kernels.measure import Clock, CudaClock, software
@@ -32,14 +33,21 @@ from shoal.kernels.measure import Clock, CudaClock, software
 def tune(
     tunable: Tunable, clock: Clock, seconds: float, say: Callable[[str], None]
 ) -> tuple[Entry, ...]:
-    """The fastest candidate for each shape. `seconds` for each candidate, about."""
+    """The fastest candidate for each shape, those left out that cannot run here: a device may
+    lack room or an instruction. `seconds` for each candidate, about. Raises RuntimeError for a
+    shape that none runs for."""
     entries = []
     for shape in tunable.shapes:
         launch = tunable.prepare(shape, clock.device)
         found: list[tuple[float, Config]] = []
         for config in tunable.configs:
-            if (median := _time(launch, config, clock, seconds)) is not None:
-                found.append((median, config))
+            try:
+                median = clock.measure(partial(launch, config), seconds).median
+            except Exception as error:
+                why = str(error).strip().partition("\n")[0][:100]
+                say(f"{tunable.kernel} {_words(shape)}: not {_words(config)}: {why}")
+                continue
+            found.append((median, config))
         if not found:
             raise RuntimeError(f"no configuration of {tunable.kernel} runs for {dict(shape)}")
         best, config = min(found, key=lambda pair: pair[0])
@@ -50,16 +58,6 @@ def tune(
         )
         entries.append(Entry(shape, config, best * 1e6))
     return tuple(entries)
-
-
-def _time(
-    launch: Callable[[Config], object], config: Config, clock: Clock, seconds: float
-) -> float | None:
-    """None for a configuration that the device has no room for."""
-    try:
-        return clock.measure(lambda: launch(config), seconds).median
-    except (OutOfResources, PTXASError):
-        return None
 
 
 def _words(sizes: Shape | Config) -> str:
@@ -96,15 +94,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     clock = CudaClock(device)
     major, minor = torch.cuda.get_device_capability(device)
-    table = Table(
-        device=device_name(device),
-        capability=10 * major + minor,
-        software=software(),
-        kernels={each.kernel: tune(each, clock, given.seconds, print) for each in wanted},
-    )
-    path = write(merged(load(table.device, given.home), table), given.home)
-    print(f"wrote {path}")
+    for each in wanted:
+        measured = Table(
+            device=device_name(device),
+            capability=10 * major + minor,
+            software=software(),
+            kernels={each.kernel: tune(each, clock, given.seconds, print)},
+        )
+        # After every kernel: a run that is cut short has kept what it measured.
+        path = write(merged(_kept(measured.device, given.home), measured), given.home)
+        print(f"wrote {each.kernel} to {path}")
     return 0
+
+
+def _kept(device: str, home: Path) -> Table | None:
+    path = path_of(device, home)
+    return read(path) if path.exists() else None
 
 
 if __name__ == "__main__":
