@@ -13,6 +13,7 @@ from shoal.kernels.attention import paged_attention as cpu_attention
 from shoal.kernels.gpu.attention import attention_workspace, paged_attention
 from shoal.kernels.gpu.attention_plan import Load, Plan, Tile, plan_attention
 from shoal.kernels.gpu.attention_reference import paged_attention_reference
+from shoal.kernels.gpu.attention_tuning import configured
 from shoal.kernels.paged import CacheShape, plan_batch
 from tests.gpu.attention_batches import SMALL, TOLERANCE, Case, batch_of, cache_of
 
@@ -122,6 +123,17 @@ def test_the_default_plan_serves_a_mixed_batch(device: torch.device) -> None:
     check(Case((300, 70), (1, 66), heads=2, kv_heads=1), device, None)
 
 
+def test_a_tuned_tile_gives_the_same(device: torch.device) -> None:
+    """What a table changes is how, not what: the rows that it asks for are filled with queries."""
+    assert SMALL.few is not None and SMALL.many is not None
+    sizes = {"KEYS": 32, "num_warps": 8, "num_stages": 4}
+    few = configured(SMALL.few, sizes)
+    many = configured(SMALL.many, {"ROWS": 32, **sizes})
+    assert (few.queries, few.rows, few.keys, few.warps, few.stages) == (4, 16, 32, 8, 4)
+    assert (many.queries, many.heads, many.rows) == (8, 4, 32)
+    check(MIXED, device, Plan(few, many, 2, least_keys=32))
+
+
 def test_a_row_that_sees_nothing_gives_zeros(device: torch.device) -> None:
     """Padding of a graph's batch reads no block and yields no NaN."""
     case = Case((0, 0, 9), (1, 3, 1))
@@ -191,7 +203,7 @@ def test_the_workspace_of_a_plan_is_what_the_call_takes(device: torch.device) ->
     case = Case((700, 300), (1, 1), heads=8, kv_heads=1)
     batch, blocks = batch_of(case, device)
     cache = cache_of(case, batch, blocks, device)
-    needed = attention_workspace(case.queries(device), 1, batch)
+    needed = attention_workspace(case.queries(device), cache, batch)
     assert needed > 0
     workspace = torch.zeros(needed, device=device)
     paged_attention(case.queries(device), cache, batch, SCALE, workspace=workspace)
@@ -211,9 +223,23 @@ def test_the_workspace_of_a_plan_is_what_the_call_takes(device: torch.device) ->
 )
 def test_plans_cover_every_sequence_and_fit_their_tiles(load: Load, few: bool, many: bool) -> None:
     """The launches that a load needs, and rows that hold a group's heads."""
-    plan = plan_attention(load, 128, bits=16, units=132)
+    plan = plan_attention(load, 128, bits=16, cache_bits=16, units=132)
     assert (plan.few is not None, plan.many is not None) == (few, many)
     assert many or (plan.few is not None and plan.few.queries >= load.max_queries)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 71])
+def test_short_prompts_need_few_compilations(group: int) -> None:
+    """However many queries a step brings, tiles have one of a few numbers of them."""
+    plans = [
+        plan_attention(
+            Load(group, 1, sequences, queries, 4096), 128, bits=16, cache_bits=16, units=132
+        )
+        for sequences in (1, 2)
+        for queries in range(1, 300)
+    ]
+    assert len({plan.few for plan in plans}) <= 8
+    assert len({plan.many for plan in plans}) <= 2
 
 
 def test_splits_fill_the_device_and_stop_where_there_is_little_to_read() -> None:
@@ -221,7 +247,7 @@ def test_splits_fill_the_device_and_stop_where_there_is_little_to_read() -> None
 
     def splits(sequences: int, length: int, window: int | None = None) -> int:
         load = Load(32, 8, sequences, 1, length, window)
-        return plan_attention(load, 128, bits=16, units=132).splits
+        return plan_attention(load, 128, bits=16, cache_bits=16, units=132).splits
 
     assert splits(1, 131072) == 66
     assert splits(1, 256) == 1

@@ -1,33 +1,32 @@
 """Attention over a paged KV cache for any mix of prefill chunks, cached prefixes and decoding.
 
-`softmax(q k^T * scale) v` with an online softmax in base 2 over tiles of keys that the block
-table leads to (Dao, "FlashAttention-2", 2023; Kwon et al., "PagedAttention", 2023). Keys and
-values of 8 bits are widened in registers: a key's scale multiplies its scores, a value's scale
-its weights, so neither costs a pass over the tile.
+Kwon et al., "PagedAttention", 2023. The launches are those of `attention_plan`, the arithmetic is
+`attention_kernel`'s.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from shoal.kernels.gpu.attention_kernel import attention_kernel
 from shoal.kernels.gpu.attention_plan import Load, Plan, Tile, plan_attention
-from shoal.kernels.gpu.attention_split import (
-    first_key,
-    keys_of_a_split,
-    merge_splits,
-    split_workspace,
-)
+from shoal.kernels.gpu.attention_split import merge_splits, split_workspace
+from shoal.kernels.gpu.attention_tuning import attention_tunables, attention_variant, tuned
 from shoal.kernels.gpu.checks import expect, expect_together
+from shoal.kernels.gpu.configs import Tunable
 from shoal.kernels.gpu.kv_cache import QUANTIZED, KvCache
-from shoal.kernels.gpu.quantize import FLOATS, addressed, decode_e4m3, native_fp8
+from shoal.kernels.gpu.quantize import FLOATS, addressed, native_fp8
 from shoal.kernels.gpu.variant import ARCHITECTURES, Variant
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 # Without a device to ask, as many as keep an interpreted test short.
 _UNITS_OF_THE_INTERPRETER = 4
+# What variants and candidates of tuning are planned for.
+_UNITS_OF_A_H200 = 132
+_TUNED_BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def paged_attention(
     if not tokens or not sequences:
         return out
     if plan is None:
-        plan = _plan(queries, kv_heads, batch, window)
+        plan = _plan(queries, cache, batch, window)
     split = split_workspace(workspace, plan, sequences, heads, head_dim, queries.device)
     if plan.many is not None:
         skip = 0 if plan.few is None else plan.few.queries
@@ -105,10 +104,10 @@ def paged_attention(
 
 
 def attention_workspace(
-    queries: Tensor, kv_heads: int, batch: AttentionBatch, window: int | None = None
+    queries: Tensor, cache: KvCache, batch: AttentionBatch, window: int | None = None
 ) -> int:
     """float32 elements that `paged_attention` needs of a workspace for these bounds."""
-    plan = _plan(queries, kv_heads, batch, window)
+    plan = _plan(queries, cache, batch, window)
     return plan.workspace(batch.lengths.shape[0], queries.shape[1], queries.shape[2])
 
 
@@ -137,24 +136,46 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def load_of(queries: Tensor, kv_heads: int, batch: AttentionBatch, window: int | None) -> Load:
     return Load(
         queries.shape[1],
         kv_heads,
         batch.lengths.shape[0],
-        min(batch.max_queries, queries.shape[0]),
+        batch.max_queries,
         batch.max_length,
         window,
     )
 
 
-def _plan(queries: Tensor, kv_heads: int, batch: AttentionBatch, window: int | None) -> Plan:
-    return plan_attention(
-        load_of(queries, kv_heads, batch, window),
+def _plan(queries: Tensor, cache: KvCache, batch: AttentionBatch, window: int | None) -> Plan:
+    return _planned(
+        load_of(queries, cache.keys.shape[1], batch, window),
         queries.shape[2],
-        bits=8 * queries.element_size(),
-        units=multiprocessors(queries.device),
+        8 * queries.element_size(),
+        8 * cache.keys.element_size(),
+        queries.device,
     )
+
+
+@lru_cache(maxsize=256)
+def _planned(load: Load, head_dim: int, bits: int, cache_bits: int, device: torch.device) -> Plan:
+    """Every layer of a step asks the same."""
+    plan = plan_attention(
+        load,
+        head_dim,
+        bits=bits,
+        cache_bits=cache_bits,
+        units=multiprocessors(device),
+        capability=_capability(device),
+    )
+    return plan if bits == 32 else tuned(plan, load, head_dim, cache_bits, device)
 
 
 def _launch(
@@ -179,7 +200,7 @@ def _launch(
     tiles = sequences if skip is None else tokens // tile.queries + sequences
     splits = 1 if split is None else plan.splits
     native = native_fp8(queries.device)
-    _attention[(programs * tiles * splits,)](
+    attention_kernel[(programs * tiles * splits,)](
         queries,
         addressed(cache.keys, native),
         addressed(cache.values, native),
@@ -214,324 +235,86 @@ def _launch(
     )
 
 
-@triton.jit(
-    do_not_specialize=["sequences", "splits", "least", "skip", "scale", "window", "softcap"]
-)
-def _attention(
-    queries,  # [tokens, KV_HEADS * GROUP, HEAD_DIM]
-    keys,  # [blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM]
-    values,
-    key_scales,  # [blocks, KV_HEADS, BLOCK_SIZE] or none
-    value_scales,
-    out,  # like queries, contiguous
-    parts,  # as `merge_splits` takes them, or none
-    sums,
-    starts,
-    lengths,
-    tables,
-    sequences,
-    splits,
-    least,
-    skip,
-    scale,
-    window,
-    softcap,
-    query_stride,
-    query_head_stride,
-    table_stride,
-    block_stride,
-    head_stride,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    QUERIES: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    PROGRAMS: tl.constexpr = KV_HEADS * HEAD_TILES
-    head_tile = tl.program_id(0) % PROGRAMS
-    index = tl.program_id(0) // PROGRAMS
-    kv_head, head_tile = head_tile // HEAD_TILES, head_tile % HEAD_TILES
-    if skip is None:
-        sequence, split = index // splits, index % splits
-        first = 0
-    else:
-        # Late tiles see the most keys: they go first, so that short ones fill the gaps.
-        tile = tl.num_programs(0) // PROGRAMS - 1 - index
-        sequence, split = find_sequence(starts, sequences, tile, QUERIES), 0
-        first = (tile - tl.load(starts + sequence) // QUERIES - sequence) * QUERIES
-    start = tl.load(starts + sequence)
-    count = tl.load(starts + sequence + 1) - start
-    if first >= count:
-        return
-    if skip is None:
-        if count > QUERIES:
-            return
-    elif count <= skip:
-        return
-
-    context = tl.load(lengths + sequence) - count  # negative for a padding row
-    last = tl.minimum(first + QUERIES, count) - 1
-    end = tl.maximum(context + last + 1, 0)
-    begin = first_key(context + first, window, KEYS)
-    used = 1
-    if parts is not None:
-        share = keys_of_a_split(end - begin, splits, least, KEYS)
-        used = tl.cdiv(end - begin, share)
-        if split >= tl.maximum(used, 1):
-            return
-        begin += split * share
-        end = tl.minimum(end, begin + share)
-
-    rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, DIMS)
-    query = first + rows // HEADS
-    member = head_tile * HEADS + rows % HEADS
-    inside = (rows < QUERIES * HEADS) & (query < count) & (member < GROUP)
-    head = kv_head * GROUP + member
-    row = (start + query).to(tl.int64) * query_stride + head * query_head_stride
-    mask = inside[:, None] & (dims < HEAD_DIM)[None, :]
-    q = tl.load(queries + row[:, None] + dims[None, :], mask=mask, other=0.0)
-
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIMS], tl.float32)
-    table = tables + sequence.to(tl.int64) * table_stride
-    position = context + query
-    if skip is None:
-        acc, total, peak = _attend(
-            q, keys, values, key_scales, value_scales, table, position, begin, end, end, kv_head,
-            scale, window, softcap, block_stride, head_stride, acc, total, peak,
-            True, KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS,
-        )  # fmt: skip
-    else:
-        # Keys that every query of the tile sees need no mask.
-        seen = tl.maximum(context + first + 1, 0) // KEYS * KEYS
-        whole = begin
-        if window is not None:
-            oldest = tl.maximum(context + last + 1 - window, 0)
-            whole = tl.minimum(tl.cdiv(oldest, KEYS) * KEYS, end)
-            acc, total, peak = _attend(
-                q, keys, values, key_scales, value_scales, table, position, begin, whole, end,
-                kv_head, scale, window, softcap, block_stride, head_stride, acc, total, peak,
-                True, KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS,
-            )  # fmt: skip
-        seen = tl.maximum(seen, whole)
-        acc, total, peak = _attend(
-            q, keys, values, key_scales, value_scales, table, position, whole, seen, end, kv_head,
-            scale, window, softcap, block_stride, head_stride, acc, total, peak,
-            False, KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS,
-        )  # fmt: skip
-        acc, total, peak = _attend(
-            q, keys, values, key_scales, value_scales, table, position, seen, end, end, kv_head,
-            scale, window, softcap, block_stride, head_stride, acc, total, peak,
-            True, KV_HEADS, BLOCK_SIZE, HEAD_DIM, DIMS, KEYS,
-        )  # fmt: skip
-
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if used > 1:
-        part = (sequence.to(tl.int64) * QUERIES + query) * (KV_HEADS * GROUP) + head
-        part = part * splits + split
-        tl.store(parts + part[:, None] * HEAD_DIM + dims[None, :], result, mask=mask)
-        tl.store(sums + part, peak + tl.log2(total), mask=inside)
-        return
-    target = ((start + query).to(tl.int64) * (KV_HEADS * GROUP) + head) * HEAD_DIM
-    result = result.to(out.dtype.element_ty)
-    tl.store(out + target[:, None] + dims[None, :], result, mask=mask)
-
-
-@triton.jit
-def find_sequence(starts, sequences, tile, QUERIES: tl.constexpr):
-    """The sequence of a tile, where sequence i has tiles from starts[i] // QUERIES + i on.
-
-    The formula leaves each sequence at least as many tiles as it has use for, so that nothing is
-    counted on the host (as in vLLM's unified attention kernel).
-    """
-    low, high = 0, sequences
-    while low < high:
-        middle = (low + high) // 2
-        if tl.load(starts + middle) // QUERIES + middle <= tile:
-            low = middle + 1
-        else:
-            high = middle
-    return low - 1
-
-
-@triton.jit
-def _attend(
-    q,  # [ROWS, DIMS]
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    table,
-    position,  # [ROWS] of the queries
-    begin,  # a multiple of KEYS
-    end,  # with begin the keys of this call; a multiple of KEYS unless MASKED
-    stop,  # first key that no query of the tile sees
-    kv_head,
-    scale,
-    window,
-    softcap,
-    block_stride,
-    head_stride,
-    acc,  # [ROWS, DIMS]: sum of weights * values
-    total,  # [ROWS]: sum of weights
-    peak,  # [ROWS]: largest score, in base 2
-    MASKED: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    columns = tl.arange(0, KEYS)
-    dims = tl.arange(0, DIMS)
-    for from_key in tl.range(begin, end, KEYS):
-        key = from_key + columns
-        if MASKED:
-            there = key < stop
-            block = tl.load(table + key // BLOCK_SIZE, mask=there, other=0).to(tl.int64)
-            mask = there[:, None] & (dims < HEAD_DIM)[None, :]
-        else:
-            block = tl.load(table + key // BLOCK_SIZE).to(tl.int64)
-            mask = (dims < HEAD_DIM)[None, :]
-        offset = key % BLOCK_SIZE
-        at = (block * block_stride + kv_head * head_stride + offset * HEAD_DIM)[:, None]
-        at += dims[None, :]
-        if MASKED or DIMS != HEAD_DIM:
-            k = tl.load(keys + at, mask=mask, other=0.0)
-            v = tl.load(values + at, mask=mask, other=0.0)
-        else:
-            k = tl.load(keys + at)
-            v = tl.load(values + at)
-        scores = product(q, tl.trans(widen(k, q.dtype)))
-        if key_scales is not None:
-            at_scale = (block * KV_HEADS + kv_head) * BLOCK_SIZE + offset
-            if MASKED:
-                key_scale = tl.load(key_scales + at_scale, mask=there, other=0.0)
-                value_scale = tl.load(value_scales + at_scale, mask=there, other=0.0)
-            else:
-                key_scale = tl.load(key_scales + at_scale)
-                value_scale = tl.load(value_scales + at_scale)
-            scores *= key_scale[None, :]
-        factor = scale * _LOG2E
-        if softcap is not None:
-            scores = cap(scores * (scale / softcap)) * softcap
-            factor = _LOG2E
-        if MASKED:
-            visible = key[None, :] <= position[:, None]
-            if window is not None:
-                visible &= key[None, :] > position[:, None] - window
-            scores = tl.where(visible, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1) * factor)
-        base = higher
-        if MASKED:
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores * factor - base[:, None])
-        decay = tl.exp2(peak - base)
-        total = total * decay + tl.sum(weights, 1)
-        if value_scales is not None:
-            weights *= value_scale[None, :]
-        acc = product(weights.to(q.dtype), widen(v, q.dtype), acc * decay[:, None])
-        peak = higher
-    return acc, total, peak
-
-
-@triton.jit
-def widen(x, dtype: tl.constexpr):
-    """A tile of the cache in the dtype of the queries; bytes are e4m3."""
-    if x.dtype == tl.uint8:
-        x = decode_e4m3(x)
-    return x.to(dtype)
-
-
-@triton.jit
-def product(a, b, acc=None):
-    """float32 `a b + acc`; of float32 factors without rounding them to fewer bits."""
-    if a.dtype == tl.float32:
-        return tl.dot(a, b, acc, input_precision="ieee")
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def cap(x):
-    """tanh(x)."""
-    return 1.0 - 2.0 / (tl.exp2(x * (2.0 * _LOG2E)) + 1.0)
-
-
 def variants() -> tuple[Variant, ...]:
     """Decoding and prefill as planned for usual models, and for each kind of cache."""
-    strides = ("query_stride", "query_head_stride", "table_stride", "block_stride", "head_stride")
-    counts = ("sequences", "splits", "least")
 
-    def variant(
-        name: str,
-        load: Load,
-        head_dim: int,
-        *,
-        cache: str = "*bf16",
-        window: bool = False,
-        softcap: bool = False,
-        architectures: tuple[int, ...] = ARCHITECTURES,
+    def planned(load: Load, head_dim: int, cache_bits: int, capability: int) -> Plan:
+        return plan_attention(
+            load,
+            head_dim,
+            bits=16,
+            cache_bits=cache_bits,
+            units=_UNITS_OF_A_H200,
+            capability=capability,
+        )
+
+    def decode(
+        name: str, cache: str, cache_bits: int, architectures: tuple[int, ...] = ARCHITECTURES
     ) -> Variant:
-        plan = plan_attention(load, head_dim, bits=16, units=132)
-        tile = plan.few or plan.many
-        assert tile is not None, "a plan has a launch"
-        optional = {
-            "skip": tile is plan.many,
-            "window": window,
-            "softcap": softcap,
-            "key_scales": cache != "*bf16",
-            "value_scales": cache != "*bf16",
-            "parts": tile is plan.few and plan.splits > 1,
-            "sums": tile is plan.few and plan.splits > 1,
-        }
-        kinds = {
-            **dict.fromkeys(("queries", "out"), "*bf16"),
-            **dict.fromkeys(("keys", "values"), cache),
-            **dict.fromkeys(("key_scales", "value_scales", "parts", "sums"), "*fp32"),
-            **dict.fromkeys(("starts", "lengths", "tables"), "*i32"),
-            **dict.fromkeys((*counts, "skip", "window", *strides), "i32"),
-            **dict.fromkeys(("scale", "softcap"), "fp32"),
-        }
-        return Variant(
-            name=f"paged_attention {name} d{head_dim}",
-            kernel=_attention,
-            signature={arg: kind for arg, kind in kinds.items() if optional.get(arg, True)},
-            constants={
-                **{arg: None for arg, there in optional.items() if not there},
-                "KV_HEADS": load.kv_heads,
-                "GROUP": load.group,
-                "BLOCK_SIZE": 16,
-                "HEAD_DIM": head_dim,
-                "DIMS": triton.next_power_of_2(head_dim),
-                "QUERIES": tile.queries,
-                "HEADS": tile.heads,
-                "ROWS": tile.rows,
-                "KEYS": tile.keys,
-            },
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            aligned=("queries", "keys", "values", "out", *strides),
-            tensor_cores=True,
-            wgmma=tile.rows >= 64,
+        load = Load(32, 8, 8, 1, 16384)
+        plan = planned(load, 128, cache_bits, 90)
+        assert plan.few is not None and plan.splits > 1, "long decoding is split"
+        return attention_variant(
+            name, load, 128, plan.few, True, False, cache, architectures=architectures
+        )
+
+    def prefill(
+        name: str, load: Load, head_dim: int, cache: str, architectures: tuple[int, ...]
+    ) -> Variant:
+        special = head_dim == 256
+        tile = planned(load, head_dim, 16 if cache == "*bf16" else 8, architectures[0]).many
+        assert tile is not None, "a long chunk is tiled"
+        return attention_variant(
+            name,
+            load,
+            head_dim,
+            tile,
+            False,
+            True,
+            cache,
+            window=special,
+            softcap=special,
             architectures=architectures,
         )
 
-    decode = Load(32, 8, 8, 1, 16384)
-    prefill = Load(32, 8, 1, 2048, 2048)
+    llama, gemma = Load(32, 8, 1, 2048, 2048), Load(8, 4, 1, 2048, 2048)
     return (
-        variant("decode", decode, 128),
-        variant("decode e4m3", decode, 128, cache="*fp8e4nv", architectures=(90, 100)),
-        variant("decode int8", decode, 128, cache="*i8"),
-        variant("prefill", prefill, 128),
-        variant("prefill e4m3 bytes", prefill, 128, cache="*u8"),
-        variant(
-            "prefill window softcap", Load(8, 4, 1, 2048, 2048), 256, window=True, softcap=True
-        ),
+        decode("decode", "*bf16", 16),
+        decode("decode e4m3", "*fp8e4nv", 8, (90, 100)),
+        decode("decode int8", "*i8", 8),
+        prefill("prefill", llama, 128, "*bf16", (90, 100)),
+        prefill("prefill bytes of e4m3", llama, 128, "*u8", (80,)),
+        prefill("prefill e4m3", llama, 128, "*fp8e4nv", (90, 100)),
+        prefill("prefill int8", llama, 128, "*i8", (90, 100)),
+        prefill("prefill window softcap", gemma, 256, "*bf16", ARCHITECTURES),
     )
+
+
+def tunables() -> tuple[Tunable, ...]:
+    """Tiles of decoding and of prefill."""
+
+    def prepare(
+        load: Load, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Callable[[Plan], Tensor]:
+        per = load.max_length // _TUNED_BLOCK
+        blocks = load.sequences * per
+        cache = KvCache.allocate(blocks + 1, load.kv_heads, _TUNED_BLOCK, head_dim, dtype, device)
+        tokens = load.sequences * load.max_queries
+        batch = AttentionBatch(
+            torch.arange(load.sequences + 1, dtype=torch.int32, device=device) * load.max_queries,
+            torch.full((load.sequences,), load.max_length, dtype=torch.int32, device=device),
+            (1 + torch.randperm(blocks, device=device)).view(load.sequences, per).int(),
+            load.max_queries,
+            load.max_length,
+        )
+        queries = torch.randn(tokens, load.heads, head_dim, device=device, dtype=torch.bfloat16)
+        out = torch.empty_like(queries)
+        scale = head_dim**-0.5
+        return lambda plan: paged_attention(queries, cache, batch, scale, out=out, plan=plan)
+
+    def plan_of(load: Load, head_dim: int, cache_bits: int) -> Plan:
+        return plan_attention(
+            load, head_dim, bits=16, cache_bits=cache_bits, units=_UNITS_OF_A_H200
+        )
+
+    return attention_tunables(plan_of, prepare)

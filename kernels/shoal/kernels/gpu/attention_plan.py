@@ -70,27 +70,36 @@ class Load:
         return self.heads // self.kv_heads
 
 
-def plan_attention(load: Load, head_dim: int, *, bits: int, units: int) -> Plan:
-    """The launches for paged attention; bits: of a query element; units: multiprocessors."""
+def plan_attention(
+    load: Load, head_dim: int, *, bits: int, cache_bits: int, units: int, capability: int = 90
+) -> Plan:
+    """The launches for paged attention.
+
+    bits, cache_bits: of an element of the queries and of the cache; units: multiprocessors;
+    capability: of the device, 90 for 9.0.
+    """
     few_heads = min(load.group, _FEW_ROWS)
     few_queries = _few_queries(load, few_heads)
     few = None
     if load.max_queries <= few_queries or load.sequences > 1:
-        keys, stages = (32, 2) if bits == 32 else (32, 3) if head_dim > 128 else (64, 3)
-        few = Tile(few_queries, few_heads, _rows(few_queries * few_heads), keys, 4, stages)
+        rows = _rows(few_queries * few_heads)
+        few = _few(few_queries, few_heads, rows, head_dim, bits, cache_bits)
     many = None
     if load.max_queries > few_queries:
-        many = _many(load.group, head_dim, bits)
+        many = _many(load.group, head_dim, bits, cache_bits, capability)
     return Plan(few, many, 1 if few is None else count_splits(load, few, units))
 
 
 def plan_latent(load: Load, *, bits: int, units: int) -> Plan:
-    """The launches for attention over latents, whose rows are several times as wide."""
-    most = 16 if bits == 32 else 64
+    """The launches for attention over latents, whose rows are several times as wide.
+
+    More than 32 rows of output spill registers on 9.0, whatever the warps.
+    """
+    most = 16 if bits == 32 else 32
     few_heads = min(load.group, most)
-    few_queries = max(1, min(load.max_queries, most // few_heads))
-    keys, warps = (16, 4) if bits == 32 else (32, 8 if few_heads * few_queries > 32 else 4)
-    few = Tile(few_queries, few_heads, _rows(few_queries * few_heads), keys, warps, 2)
+    few_queries = min(_power_of_two(load.max_queries), most // few_heads)
+    keys, warps = (16, 4) if bits == 32 else (32, 8 if few_heads * few_queries > 16 else 4)
+    few = Tile(few_queries, few_heads, _rows(few_queries * few_heads), keys, warps, 3)
     many = None if load.max_queries <= few_queries else few
     if many is not None and load.sequences == 1:
         return Plan(None, many, 1)
@@ -108,20 +117,43 @@ def count_splits(load: Load, few: Tile, units: int) -> int:
 
 
 def _few_queries(load: Load, heads: int) -> int:
-    """All of a sequence's queries where they fit, else what rides along in the smallest tile."""
-    if load.max_queries * heads <= _FEW_ROWS:
-        return max(1, load.max_queries)
-    return max(1, 16 // heads)
+    """All of a sequence's queries where they fit, else what rides along in the smallest tile.
+
+    Powers of two, since each number is a compilation of its own.
+    """
+    queries = _power_of_two(load.max_queries)
+    return queries if queries * heads <= _FEW_ROWS else max(1, 16 // heads)
 
 
-def _many(group: int, head_dim: int, bits: int) -> Tile:
-    rows = 32 if bits == 32 else 128
-    heads = min(group, rows)
+def _few(queries: int, heads: int, rows: int, head_dim: int, bits: int, cache_bits: int) -> Tile:
+    """Three tiles of keys in flight, so that two or three programs share a multiprocessor."""
     if bits == 32:
-        return Tile(rows // heads, heads, rows, 32 if head_dim <= 128 else 16, 4, 1)
-    keys = 32 if head_dim > 128 else 64
-    return Tile(rows // heads, heads, rows, keys, 8, 2)
+        return Tile(queries, heads, rows, 32, 4, 2)
+    # Widening 8 bits, and long rows of output, take registers of more threads.
+    warps = 8 if cache_bits == 8 or rows * head_dim > 64 * 128 else 4
+    return Tile(queries, heads, rows, 64 if head_dim <= 128 else 32, warps, 3)
+
+
+def _many(group: int, head_dim: int, bits: int, cache_bits: int, capability: int) -> Tile:
+    """As many rows as the accumulator's registers allow: 64 a thread of 8 warps.
+
+    Keys that must be widened pass through registers too, and before 9.0 all factors of a product
+    do: then a tile has fewer of them, or fewer rows.
+    """
+    if bits == 32:
+        heads = min(group, 32)
+        return Tile(32 // heads, heads, 32, 32 if head_dim <= 128 else 16, 4, 1)
+    wide, plain = head_dim > 128, cache_bits > 8
+    rows = 64 if wide or (capability < 90 and not plain) else 128
+    heads = min(group, rows)
+    keys = 64 if capability >= 90 and plain and not wide else 32
+    stages = 3 if capability >= 90 or wide else 2
+    return Tile(rows // heads, heads, rows, keys, 8, stages)
 
 
 def _rows(needed: int) -> int:
-    return max(16, 1 << (needed - 1).bit_length())
+    return max(16, _power_of_two(needed))
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (max(1, least) - 1).bit_length()

@@ -80,7 +80,7 @@ def store_kv(keys: Tensor, values: Tensor, cache: KvCache, slots: Tensor) -> Non
     keys, values [tokens, kv_heads, head_dim] float, dense in the last dimension; slots [tokens]
     int64: block * block_size + offset, or negative for a token that is not stored. A slot
     occurs once. A float16 cache saturates; int8 and e4m3 take a scale per token and head, the
-    row's largest magnitude over the type's.
+    row's largest magnitude over the type's, which is NaN where the row has one.
     """
     cache.check()
     _, kv_heads, _, head_dim = cache.keys.shape
@@ -208,12 +208,14 @@ def put_rows(
     if LIMIT is not None:
         x = x.to(tl.float32)
         largest = tl.maximum(tl.max(tl.abs(x), 1), _SMALLEST)
-        tl.store(scales + scale, largest / LIMIT, mask=inside)
+        # A maximum passes over NaN, and codes have none to tell of it.
+        broken = tl.max((x != x).to(tl.int32), 1) > 0
+        tl.store(scales + scale, tl.where(broken, float("nan"), largest / LIMIT), mask=inside)
         x = x * (LIMIT / largest)[:, None]
         x = tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
         x = encode(x, targets.dtype.element_ty == tl.int8, False)
     elif targets.dtype.element_ty == tl.float16:
-        x = tl.minimum(tl.maximum(x.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+        x = tl.clamp(x.to(tl.float32), -65504.0, 65504.0, tl.PropagateNan.ALL).to(tl.float16)
     else:
         x = x.to(targets.dtype.element_ty)
     tl.store(targets + target[:, None] + dims[None, :], x, mask=mask)
