@@ -13,7 +13,7 @@ import triton
 
 from shoal.kernels.gpu.attention_kernel import attention_kernel
 from shoal.kernels.gpu.attention_plan import Load, Plan, Tile
-from shoal.kernels.gpu.configs import Config, Shape, Tunable, choose
+from shoal.kernels.gpu.configs import TUNED, Config, Shape, Tunable, choose
 from shoal.kernels.gpu.variant import ARCHITECTURES, Variant
 
 FEW, MANY = "paged_attention_few", "paged_attention_many"
@@ -42,10 +42,11 @@ def tuned(plan: Plan, load: Load, head_dim: int, cache_bits: int, device: torch.
     few, many = plan.few, plan.many
     if few is not None:
         shape = _few_shape(load, few, head_dim, cache_bits)
-        few = configured(few, choose(FEW, _config(few), device, **shape))
+        few = configured(few, choose(FEW, _config(few), device, TUNED, **shape))
     if many is not None:
         shape = _many_shape(load, head_dim, cache_bits)
-        many = configured(many, choose(MANY, {"ROWS": many.rows, **_config(many)}, device, **shape))
+        default = {"ROWS": many.rows, **_config(many)}
+        many = configured(many, choose(MANY, default, device, TUNED, **shape))
     return replace(plan, few=few, many=many)
 
 
@@ -95,8 +96,14 @@ def attention_tunables(
             launch = prepare(load, head_dim, _CACHE_TYPES[bits], device)
             tile = plan.few if few else plan.many
             assert tile is not None, f"{shape} is no shape of {kernel}"
-            name = "few" if few else "many"
-            return lambda config: launch(replace(plan, **{name: configured(tile, config)}))
+
+            def attend(config: Config) -> object:
+                changed = configured(tile, config)
+                if few:
+                    return launch(replace(plan, few=changed))
+                return launch(replace(plan, many=changed))
+
+            return attend
 
         def variant(shape: Shape, config: Config) -> Variant:
             load, head_dim, bits = load_of(shape), shape["head_dim"], shape["cache_bits"]
@@ -126,9 +133,9 @@ def attention_tunables(
             for bits in (16, 8)
             for rows in ((8, 64, 512) if few else (1,))
         )
-        names = ("KEYS", "num_warps", "num_stages")
-        configs = _FEW_CONFIGS if few else _MANY_CONFIGS
-        names = names if few else ("ROWS", *names)
+        sizes = ("KEYS", "num_warps", "num_stages")
+        names: tuple[str, ...] = sizes if few else ("ROWS", *sizes)
+        configs: tuple[tuple[int, ...], ...] = _FEW_CONFIGS if few else _MANY_CONFIGS
         return Tunable(
             kernel=kernel,
             shapes=shapes,

@@ -134,7 +134,8 @@ def _launch(
 
 def _padded(width: int) -> int:
     """The next size that a matrix instruction takes."""
-    return max(16, triton.next_power_of_2(width))
+    size: int = triton.next_power_of_2(width)
+    return max(16, size)
 
 
 @triton.jit(do_not_specialize=["sequences", "splits", "least", "skip", "scale", "table_stride"])
