@@ -309,7 +309,7 @@ def test_rounded_weights_and_caches_stay_near(changes: dict[str, str], tmp_path:
     with torch.inference_mode():
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0][len(prompt) - 1 : -1]
     mine = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
-    assert (logits.amax(-1) - mine).max() < 0.25 * logits.std()
+    assert (logits.amax(-1) - mine).max() < 0.5 * logits.std()
     ours.close()
 
 
