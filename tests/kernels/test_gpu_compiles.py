@@ -17,42 +17,90 @@ import triton
 import triton.language as tl
 
 import shoal.kernels.gpu
-from shoal.kernels.compile_proof import ARCHITECTURES, Compiled, broken, build, row, variants_of
+from shoal.kernels.compile_proof import (
+    ARCHITECTURES,
+    Compiled,
+    broken,
+    build,
+    gpu_modules,
+    row,
+    tunables,
+    tuned_variants,
+    variants_of,
+)
+from shoal.kernels.gpu.configs import Entry, Table, tables
 from shoal.kernels.gpu.variant import Variant
 
 (HOME,) = map(Path, shoal.kernels.gpu.__path__)
+TABLE = Path(__file__).parents[2] / "bench" / "results" / "gpu_compile.md"
 
 
-def files_with_kernels() -> list[str]:
-    return sorted(file.stem for file in HOME.glob("*.py") if "@triton.jit" in file.read_text())
+def files_that_say(words: str) -> list[str]:
+    return sorted(file.stem for file in HOME.glob("*.py") if words in file.read_text())
 
 
 def launched(module: str) -> set[str]:
     """Names of the kernels that the file launches: `kernel[grid](...)`."""
     source = importlib.import_module(f"shoal.kernels.gpu.{module}")
-    return {
+    named = {
         node.func.value.id
         for node in ast.walk(ast.parse((HOME / f"{module}.py").read_text()))
         if isinstance(node, ast.Call)
         and isinstance(node.func, ast.Subscript)
         and isinstance(node.func.value, ast.Name)
-        and isinstance(getattr(source, node.func.value.id, None), triton.JITFunction)
     }
+    found = (getattr(source, name, None) for name in named)
+    return {kernel.__name__ for kernel in found if isinstance(kernel, triton.JITFunction)}
 
 
-@pytest.mark.parametrize("module", files_with_kernels())
+@pytest.mark.parametrize("module", files_that_say("def variants("))
 def test_every_variant_compiles_for_every_architecture_and_keeps_its_promises(module: str) -> None:
     """No spill in a hot kernel, matrix instructions where promised, shared memory in bounds."""
-    kernels = launched(module)
-    variants = variants_of(module) if kernels else ()
-    assert kernels <= {variant.kernel.__name__ for variant in variants}
     faults = {
         (variant.name, architecture): found
-        for variant in variants
+        for variant in variants_of(module)
         for architecture in variant.architectures
         if (found := broken(build(variant, architecture)))
     }
     assert not faults
+
+
+def test_every_kernel_that_is_launched_has_a_variant() -> None:
+    """A kernel that nobody lists would be compiled first on a user's device."""
+    kernels = set().union(*map(launched, files_that_say("import triton")))
+    listed = {each.kernel.__name__ for name in gpu_modules() for each in variants_of(name)}
+    assert kernels
+    assert kernels <= listed
+
+
+def test_the_committed_table_shows_every_variant() -> None:
+    """`python -m shoal.kernels.compile_proof` was run again since a variant came or went."""
+    cells = [line.split("|")[1:3] for line in TABLE.read_text().splitlines() if "|" in line]
+    shown = {(name.strip(), architecture.strip()) for name, architecture in cells[2:]}
+    assert shown == {
+        (variant.name, str(architecture))
+        for name in gpu_modules()
+        for variant in variants_of(name)
+        for architecture in variant.architectures
+    }
+
+
+def test_what_may_be_tuned_compiles() -> None:
+    """The first and the last candidate of each kernel, and all that tables of devices hold."""
+    known = tunables()
+    made = Table(
+        device="none",
+        capability=90,
+        software="",
+        kernels={
+            each.kernel: tuple(Entry(each.shapes[0], each.configs[i], 0.0) for i in (0, -1))
+            for each in known
+        },
+    )
+    variants = list(tuned_variants([made, *tables()], known))
+    assert len(variants) >= 2 * len(known)
+    for variant in variants:
+        assert build(variant, *variant.architectures).registers > 0
 
 
 @triton.jit
