@@ -64,6 +64,8 @@ def run(
             Counts(stable, 0, _counted(rng.lognormal(-1, sigma, stable))),
             Counts(canary, 0, _counted(slower * rng.lognormal(-1, sigma, canary))),
         )
+        if found is None:
+            continue
         analysis = found.analysis
         proven |= analysis.ttft.log >= PROOF
         if found.verdict is Verdict.FAILED:

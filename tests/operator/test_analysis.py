@@ -5,12 +5,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.api.rollout import CanaryAnalysis
 from shoal.api.v1 import router_pb2
-from shoal.operator.analysis import PROOF, Analysis, Verdict, look
+from shoal.operator.analysis import PROOF, Analysis, Seen, Verdict, look
 from shoal.operator.analysis_counts import Counts, Tally
 from shoal.operator.analysis_evidence import Outcomes, Score, Spread, log_e, log_e_alone
 from shoal.operator.durations import Durations, bucket_of
@@ -137,15 +137,18 @@ class Canary:
         stable_errors=0.0,
         share=0.2,
         spec=None,
+        a_look=50,  # requests of both
     ):
         self.rng, self.sigma, self.slower, self.share = rng, sigma, slower, share
         self.tail, self.errors, self.stable_errors = tail, errors, stable_errors
-        self.spec = spec or CanaryAnalysis()
+        self.spec, self.a_look = spec or CanaryAnalysis(), a_look
+        self.found = None
         self.analysis = Analysis()
         self.proven = False
 
-    def step(self, requests=50):
-        rng = self.rng
+    def step(self, requests=None):
+        """What stands after one more look."""
+        rng, requests = self.rng, requests or self.a_look
         canary = int(rng.binomial(requests, self.share))
         stable = requests - canary
         slowed = np.where(rng.random(canary) < self.tail, self.slower, 1.0)
@@ -163,7 +166,9 @@ class Canary:
                 durations(slowed * rng.lognormal(-1, self.sigma, canary)),
             ),
         )
-        self.analysis = found.analysis
+        if found is None:
+            return self.found
+        self.found, self.analysis = found, found.analysis
         self.proven |= max(self.analysis.ttft.log, self.analysis.errors.log) >= PROOF
         return found
 
@@ -171,7 +176,7 @@ class Canary:
         """The verdict after so many requests of the canary."""
         while self.analysis.requests < requests:
             found = self.step()
-            if found.verdict is Verdict.FAILED:
+            if found is not None and found.verdict is Verdict.FAILED:
                 break
         return found.verdict
 
@@ -194,6 +199,103 @@ def test_errors_of_both_revisions_are_no_fault_of_the_new_one():
     rng = np.random.default_rng(12)
     canaries = [Canary(rng, errors=0.05, stable_errors=0.05) for _ in range(100)]
     assert share_of([canary.run(600) is Verdict.FAILED for canary in canaries]) <= 0.01
+
+
+def test_errors_of_both_are_no_fault_where_looks_have_hardly_a_request():
+    """A look that happens to have none of the stable revision's requests does not hold the new one
+    to maxErrorRate: below weight 100 that would give up one that is no different."""
+    rng = np.random.default_rng(18)
+    canaries = [
+        Canary(rng, errors=0.05, stable_errors=0.05, share=0.5, a_look=2) for _ in range(12)
+    ]
+    assert not any(canary.run(150) is Verdict.FAILED for canary in canaries)
+    assert all(canary.analysis.errors_alone == Analysis().errors_alone for canary in canaries)
+
+
+def test_a_look_without_a_stable_request_says_nothing_below_weight_100():
+    """Nothing was compared, so neither a verdict nor the count of failed looks changes."""
+    before = Analysis(requests=100, judged=100, failed_looks=2)
+    slow = Counts(10, 5, durations(np.full(10, 30.0)))
+    assert look(CanaryAnalysis(), before, Counts(), slow) is None
+    assert look(CanaryAnalysis(), before, slow, Counts()) is None
+    assert look(CanaryAnalysis(), before, Counts(), slow, alone=True) is not None
+
+
+def test_a_fix_of_a_revision_that_answers_nobody_is_judged():
+    """Where the stable revision fails every request there is no time to compare with."""
+    analysis, spec = Analysis(), CanaryAnalysis()
+    for _ in range(2):
+        found = look(spec, analysis, Counts(50, 50), Counts(50, 0, durations(np.full(50, 0.2))))
+        analysis = found.analysis
+    assert found.verdict is Verdict.HEALTHY
+
+
+@settings(deadline=None, max_examples=40)  # each enumerates up to a hundred looks
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(lambda known: sum(known) >= 20),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    cuts,
+)
+@example([20], 3, 3, [0.0, 0.9])
+def test_a_look_at_times_expects_no_evidence_whatever_earlier_looks_had(known, na, nb, below):
+    """The bet on times is made before the look: also where it meets buckets beyond those known, or
+    none of them, the mean over all ways in which its requests may end is at most 1."""
+    before = Analysis(requests=1, ttft_seen=Seen(Durations((0, 0, *known))))
+    spec, chances = CanaryAnalysis(min_requests=1), outcome_shares(below)
+    means = np.zeros(len(before.ttft.logs))
+    for of_a, chance_a in ways(na, chances):
+        for of_b, chance_b in ways(nb, chances):
+            # One bucket below those known, the last of these, and one beyond.
+            stable, canary = (
+                Counts(n, 0, Durations((0, first, *[0] * (len(known) - 1), last, beyond)))
+                for n, (first, last, beyond) in ((na, of_a), (nb, of_b))
+            )
+            found = look(spec, before, stable, canary)
+            means += chance_a * chance_b * np.exp(found.analysis.ttft.logs)
+    assert max(means) <= 1 + 1e-9
+
+
+def steady(slower, position):
+    """The last verdict on a canary whose times are all the same; `position` in octaves moves the
+    edges of the buckets."""
+    analysis, verdict = Analysis(), None
+    for _ in range(20):
+        stable, canary = (
+            Counts(25, 0, durations(np.full(25, 0.2 * 2**position * factor)))
+            for factor in (1.0, slower)
+        )
+        found = look(CanaryAnalysis(), analysis, stable, canary)
+        analysis, verdict = found.analysis, found.verdict
+        if verdict is Verdict.FAILED:
+            break
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("slower", "verdicts"),
+    [
+        (1.196, {Verdict.HEALTHY}),
+        (1.29, {Verdict.HEALTHY}),
+        (1.41, {Verdict.HEALTHY}),
+        (1.5, {Verdict.HEALTHY, Verdict.FAILED}),
+        (1.69, {Verdict.FAILED}),
+    ],
+)
+def test_times_that_are_all_alike_are_held_to_what_their_buckets_prove(slower, verdicts):
+    """Within its limit of 1.3 no canary is given up, wherever the edges of the buckets lie."""
+    assert {steady(slower, position / 48) for position in range(12)} == verdicts
+
+
+def test_a_quantile_is_interpolated_where_times_spread_and_a_bucket_where_not():
+    """Few buckets with most of the times say nothing of where inside a bucket they lie."""
+    wide = Durations((0, 10, 20, 40, 20, 10))
+    assert wide.between(0.8) == (wide.quantile(0.8),) * 2
+    narrow = Durations((0, 0, 84, 16))
+    least, most = narrow.between(0.95)
+    assert most / least == pytest.approx(2**0.25)
+    assert least < narrow.quantile(0.95) < most
+    assert Durations().between(0.5) is None
 
 
 @pytest.mark.parametrize(
@@ -245,12 +347,12 @@ def test_alone_only_errors_are_judged():
     analysis, spec = Analysis(), CanaryAnalysis()
     slow = Counts(100, 0, durations(np.full(100, 30.0)))
     for number in range(5):
-        found = look(spec, analysis, Counts(), slow)
+        found = look(spec, analysis, Counts(), slow, alone=True)
         analysis = found.analysis
         assert found.verdict is (Verdict.HEALTHY if number else Verdict.WAITING)
     verdicts = []
     for _ in range(3):
-        found = look(spec, analysis, Counts(), Counts(100, 50))
+        found = look(spec, analysis, Counts(), Counts(100, 50), alone=True)
         analysis = found.analysis
         verdicts.append(found.verdict)
     assert verdicts == [Verdict.FAILING, Verdict.FAILING, Verdict.FAILED]

@@ -71,9 +71,10 @@ class Operator:
         self.pods = [pod(OLD, n) for n in range(4)] + [pod(NEW, n) for n in range(4)]
         self.seen = []
 
-    def look(self, *, slower=1.0, failed=0, requests=50):
+    def look(self, *, slower=1.0, failed=0, requests=50, stable=True):
         new = round(requests * self.weights.get(NEW, 0) / 100)
-        self.router.serve(OLD, requests - new)
+        if stable:
+            self.router.serve(OLD, requests - new)
         self.router.serve(NEW, new, seconds=0.2 * slower, failed=min(failed, new))
         view = RouterView(1, {p.name: EndpointView(p.address, True, 0) for p in self.pods})
         world = Observed(
@@ -160,6 +161,34 @@ def test_an_idle_canary_is_not_judged():
     assert found.healthy is None
     assert operator.shown.step == 0
     assert operator.shown.aborted_time is None
+
+
+def test_a_canary_that_alone_has_requests_is_as_it_was():
+    """A slow revision is not found healthy by looks that have nothing to compare it with, and its
+    failed looks stay in a row."""
+    operator = Operator(service([{"weight": 50}, {"weight": 100}]))
+    while operator.shown is None or not operator.shown.evidence.failed_looks:
+        found = operator.look(slower=3.0)
+    shown = operator.shown
+    for _ in range(20):
+        found = operator.look(slower=3.0, failed=25, stable=False)
+        assert found.healthy is False
+    assert operator.shown == shown
+    while operator.shown.aborted_time is None:
+        operator.look(slower=3.0)
+    assert max(operator.seen) == 50
+
+
+def test_with_all_requests_a_revision_is_held_to_its_error_rate():
+    """From weight 100 on, also after a restart, failures count by themselves."""
+    operator = Operator(service(STEPS))
+    while operator.weights.get(NEW) != 100:
+        operator.look()
+    while operator.shown.aborted_time is None:
+        assert operator.shown.step == 1
+        operator.look(failed=25)
+        operator.state = operator.state if len(operator.seen) % 2 else None
+    assert "requests failed" in operator.shown.last_analysis
 
 
 def test_a_person_lets_a_step_pass():

@@ -8,14 +8,17 @@ A look fails where one of three figures is both of consequence and proven:
                      say more than of p95
     proven           a sequential test (analysis_evidence) has rejected that the new revision is
                      no worse; at no difference that ever happens with probability FALSE_ALARM at
-                     most, over all three figures, all looks and all steps
+                     most, over all tests, all looks and all steps, for independent requests;
+                     otherwise as far as the design effect is known
 
 `maxFailures` failed looks in a row end the canary. The first `minRequests` requests of the new
 revision are its warm-up: they count as requests and as errors, but their times do not, since caches
 begin empty. It is healthy once as many again were compared and it was not proven to be worse. Times
-between tokens share a request's fate, so a look's tokens count for as much as its requests. At
-weight 100 nothing is left to compare with: times are then not judged, and errors are tested against
-maxErrorRate itself.
+between tokens share a request's fate, so a look's tokens count for as much as its requests.
+
+Revisions are compared look by look, so a look in which either had no request is left out. At weight
+100 nothing is left to compare with: times are then not judged, and from there on errors are tested
+against maxErrorRate itself.
 """
 
 from collections.abc import Sequence
@@ -30,7 +33,7 @@ from shoal.operator.analysis_evidence import Evidence, Outcomes, Score, log_e_al
 from shoal.operator.durations import Durations
 
 FALSE_ALARM: Final = 0.01
-FIGURES: Final = 3
+TESTS: Final = 4  # errors, compared and alone; TTFT; ITL
 SHIFTS: Final = (0.25, 0.5, 1.0, 2.0)  # of normal scores, that are guessed
 TAILS: Final = (0.8, 0.95)  # of the stable revision's earlier times: thresholds
 LATER: Final = tuple(map(log, (2.5, 5.0, 15.0)))  # guessed for the odds beyond them, as logarithms
@@ -39,7 +42,7 @@ FAILING: Final = tuple(map(log, (3.0, 10.0, 50.0, 1000.0)))
 P95: Final = (0.95,)
 SLOWEST: Final = (0.8, 0.85, 0.9, 0.95)  # a fifth of all; varies by less than p95 alone
 ENOUGH: Final = 20  # earlier times of the stable revision, before a threshold is taken from them
-PROOF: Final = log(FIGURES / FALSE_ALARM)
+PROOF: Final = log(TESTS / FALSE_ALARM)
 
 
 class Verdict(StrEnum):
@@ -65,9 +68,9 @@ class Seen:
 
     def ratio(self, shares: Sequence[float]) -> float | None:
         """The new revision's quantiles over the stable one's, their geometric mean; None: not
-        known."""
-        pairs = [(self.canary.quantile(share), self.stable.quantile(share)) for share in shares]
-        logs = [log(canary / stable) for canary, stable in pairs if canary and stable]
+        known. Where buckets are too coarse for a quantile, the least that it may be."""
+        pairs = [(self.canary.between(share), self.stable.between(share)) for share in shares]
+        logs = [log(canary[0] / stable[1]) for canary, stable in pairs if canary and stable]
         return exp(sum(logs) / len(logs)) if logs else None
 
 
@@ -85,7 +88,7 @@ class Analysis:
     judged: int = 0  # of the new revision's times, since the warm-up
     failed_looks: int = 0  # in a row
     errors: Evidence = field(default_factory=lambda: Evidence.none([FAILING]))
-    errors_alone: tuple[float, ...] = (0.0,) * len(FAILING)
+    errors_alone: tuple[float, ...] = (0.0,) * len(FAILING)  # since weight 100
     ttft: Evidence = field(default_factory=_latency_evidence)
     itl: Evidence = field(default_factory=_latency_evidence)
     stable_requests: int = 0
@@ -130,8 +133,13 @@ def with_opinion(
     return Look(Verdict.FAILED if failed else Verdict.FAILING, f"{said}; {found.message}", analysis)
 
 
-def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts) -> Look:
-    """Judges what both revisions' requests met since the last look."""
+def look(
+    spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts, *, alone: bool = False
+) -> Look | None:
+    """Judges what both revisions' requests met since the last look. `alone`: the new one has all
+    weight. None: nothing to judge, so what the last look found stands, in a row or not."""
+    if canary.idle or (stable.idle and not alone):
+        return None
     warm = before.requests >= spec.min_requests
     after = replace(
         before,
@@ -140,18 +148,21 @@ def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts)
         stable_requests=before.stable_requests + stable.requests,
         stable_failures=before.stable_failures + stable.failures,
         errors=_errors(before, stable, canary),
-        errors_alone=tuple(
-            value + log_e_alone(canary.requests, canary.failures, spec.max_error_rate, exp(tilt))
-            for value, tilt in zip(before.errors_alone, FAILING, strict=True)
-        ),
     )
+    if alone:
+        gains = (
+            log_e_alone(canary.requests, canary.failures, spec.max_error_rate, exp(tilt))
+            for tilt in FAILING
+        )
+        pairs = zip(before.errors_alone, gains, strict=True)
+        after = replace(after, errors_alone=tuple(value + gain for value, gain in pairs))
     if warm:
         requests = stable.ttft.total + canary.ttft.total
         tokens = stable.itl.total + canary.itl.total
         weight = min(1.0, requests / tokens) if tokens and requests else 1.0
         after = replace(
             after,
-            judged=before.judged + _judged(before, stable, canary),
+            judged=before.judged + _judged(before, stable, canary, alone),
             ttft=_times(before.ttft, before.ttft_seen, stable.ttft, canary.ttft, 1.0),
             itl=_times(before.itl, before.itl_seen, stable.itl, canary.itl, weight),
             ttft_seen=before.ttft_seen.and_also(stable.ttft, canary.ttft),
@@ -161,7 +172,7 @@ def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts)
     if after.requests < spec.min_requests:
         message = f"{after.requests} of {spec.min_requests} requests (minRequests); {figures}"
         return Look(Verdict.WAITING, message, after)
-    faults = _faults(spec, after, compared=stable.requests > 0)
+    faults = _faults(spec, after, alone)
     if not faults and after.judged < spec.min_requests:
         message = f"{after.judged} of {spec.min_requests} requests judged; {figures}"
         return Look(Verdict.WAITING, message, replace(after, failed_looks=0))
@@ -173,17 +184,18 @@ def look(spec: CanaryAnalysis, before: Analysis, stable: Counts, canary: Counts)
     return Look(Verdict.FAILED if failed else Verdict.FAILING, message, after)
 
 
-def _judged(before: Analysis, stable: Counts, canary: Counts) -> int:
-    """How many of the look's times count: those that could be compared, or where nothing can be."""
-    compared = before.ttft_seen.stable.total >= ENOUGH or not stable.ttft.total
-    return canary.ttft.total if compared else 0
+def _judged(before: Analysis, stable: Counts, canary: Counts, alone: bool) -> int:
+    """How many of the look's times count: those that could be compared, or where nothing can be:
+    alone, and beside a stable revision that answers nobody."""
+    compared = before.ttft_seen.stable.total >= ENOUGH and stable.ttft.total > 0
+    silent = not stable.ttft.total and 0 < stable.requests <= stable.failures
+    return canary.ttft.total if alone or compared or silent else 0
 
 
-def _faults(spec: CanaryAnalysis, found: Analysis, *, compared: bool) -> list[str]:
+def _faults(spec: CanaryAnalysis, found: Analysis, alone: bool) -> list[str]:
     faults = []
     rate = found.failures / found.requests if found.requests else 0.0
-    alone = Evidence(found.errors_alone, ())
-    proof = found.errors if compared else alone
+    proof = Evidence(found.errors_alone, ()) if alone else found.errors
     if rate > spec.max_error_rate and proof.log >= PROOF:
         faults.append(f"{rate:.1%} of requests failed (maxErrorRate {spec.max_error_rate:.1%})")
     for name, evidence, seen, limit, key in (
@@ -191,7 +203,7 @@ def _faults(spec: CanaryAnalysis, found: Analysis, *, compared: bool) -> list[st
         ("ITL", found.itl, found.itl_seen, spec.max_itl_p95_ratio, "maxItlP95Ratio"),
     ):
         p95, slowest = seen.ratio(P95), seen.ratio(SLOWEST)
-        if not compared or p95 is None or slowest is None or evidence.log < PROOF:
+        if alone or p95 is None or slowest is None or evidence.log < PROOF:
             continue
         if max(p95, slowest) > limit:
             both = f"{p95:.2f} times the stable one, the slowest fifth {slowest:.2f} times"
@@ -230,19 +242,22 @@ def _times(
     """`evidence` with one look's times, by what earlier ones of the stable revision were like."""
     if (known := seen.stable.total) < ENOUGH:
         return evidence
-    all_of_them = Durations.merged((seen.stable, stable, canary)).counts
-    first = next(bucket for bucket, count in enumerate(all_of_them) if count)
-    buckets = range(first, len(all_of_them))
-    scores = [Score.normal(_within(seen.stable, buckets))]
+    first = next(bucket for bucket, count in enumerate(seen.stable.counts) if count)
+    buckets = range(first, len(seen.stable.counts))
+    ranks = _outcomes(seen.stable, buckets)
+    scores = [Score.normal(ranks)]
     for share in TAILS:
         last = seen.stable.bucket_at(share)
         assert last is not None
         rate = (seen.stable.above(last) + 0.5) / (known + 1)
-        scores.append(Score.beyond(last - first, rate, len(buckets)))
-    found = Outcomes(_within(stable, buckets), _within(canary, buckets))
+        scores.append(Score.beyond(last - first + 1, rate, len(ranks)))
+    found = Outcomes(_outcomes(stable, buckets), _outcomes(canary, buckets))
     return evidence.after(found, scores, SLOWER, weight)
 
 
-def _within(times: Durations, buckets: range) -> tuple[int, ...]:
+def _outcomes(times: Durations, buckets: range) -> tuple[int, ...]:
+    """Times by bucket, with one outcome for all below `buckets` and one for all beyond. A bet must
+    not depend on the look itself, so `buckets` are those that earlier looks have met."""
     some = times.counts[buckets.start : buckets.stop]
-    return (*some, *[0] * (len(buckets) - len(some)))
+    missing = len(buckets) - len(some)
+    return (sum(times.counts[: buckets.start]), *some, *[0] * missing, times.above(buckets[-1]))

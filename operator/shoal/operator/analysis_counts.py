@@ -22,6 +22,11 @@ class Counts:
     ttft: Durations = field(default_factory=Durations)
     itl: Durations = field(default_factory=Durations)
 
+    @property
+    def idle(self) -> bool:
+        """No request ended, and none went on."""
+        return not (self.requests or self.ttft.total or self.itl.total)
+
     def plus(self, other: "Counts") -> "Counts":
         return Counts(
             self.requests + other.requests,

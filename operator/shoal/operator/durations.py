@@ -9,11 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from math import ceil, log2
+from typing import Final
 
 from shoal.api.v1 import router_pb2
 
 PER_OCTAVE = 4
 LOWEST = -14  # 2**-14 s
+CONCENTRATED: Final = 0.4  # of all observations in one bucket: it says nothing of where inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,26 @@ class Durations:
             return None
         below = sum(self.counts[:bucket])
         inside = (share * self.total - below) / self.counts[bucket]
-        return float(2.0 ** ((bucket + min(1.0, max(0.0, inside))) / PER_OCTAVE + LOWEST))
+        return _edge(bucket + min(1.0, max(0.0, inside)))
+
+    def between(self, share: float) -> tuple[float, float] | None:
+        """Seconds that this quantile lies between; None: nothing observed.
+
+        Both are the interpolated one where observations spread over many buckets. Where most of
+        them share the quantile's bucket or one beside it (a lognormal with a sigma below about
+        0.17), interpolation would be a guess, and the edges of its bucket are all that is known.
+        """
+        bucket, found = self.bucket_at(share), self.quantile(share)
+        if bucket is None or found is None:
+            return None
+        if max(self.counts[max(0, bucket - 1) : bucket + 2]) <= CONCENTRATED * self.total:
+            return found, found
+        return _edge(bucket), _edge(bucket + 1)
+
+
+def _edge(bucket: float) -> float:
+    """The lower end of a bucket in seconds; a fraction is a place inside it."""
+    return float(2.0 ** (bucket / PER_OCTAVE + LOWEST))
 
 
 def bucket_of(seconds: float) -> int:

@@ -22,7 +22,7 @@ from shoal.api.v1 import router_pb2
 from shoal.operator.analysis import Analysis, Look, Opinion, Verdict, look, with_opinion
 from shoal.operator.analysis_counts import Tally
 from shoal.operator.analysis_evidence import Evidence
-from shoal.operator.canary import CanaryState, Course, Situation, advance, describe
+from shoal.operator.canary import WHOLE, CanaryState, Course, Situation, advance, describe
 from shoal.operator.groups import groups_of
 from shoal.operator.observe import Observed
 from shoal.operator.rollout import Bounds
@@ -84,7 +84,7 @@ def attend(
     if stands is None and shown is not None:
         stands = _state_of(shown)
     if stands is None or stands.aborted is None:
-        state = _looked(spec, state, answers, now, opinion)
+        state = _looked(spec, state, stands, answers, now, opinion)
     situation = Situation(
         wanted=wanted,
         active=active,
@@ -124,6 +124,7 @@ def _moved(state: TrialState, before: CanaryState | None, now: CanaryState) -> T
 def _looked(
     spec: CanarySpec,
     state: TrialState,
+    stands: CanaryState | None,
     answers: Mapping[str, router_pb2.ServiceLoad],
     now: float,
     opinion: Opinion | None,
@@ -135,12 +136,19 @@ def _looked(
         return state
     tally, stable, canary = state.tally.next(answers, state.stable, state.canary)
     state = replace(state, tally=tally, looked=now)
-    if not canary.requests and not canary.ttft.total and not canary.itl.total:
-        return state  # nothing to judge: neither better nor worse than at the last look
-    outcome = look(spec.analysis, state.analysis, stable, canary)
+    outcome = look(spec.analysis, state.analysis, stable, canary, alone=_alone(spec, stands))
+    if outcome is None:
+        return state
     if spec.analysis.webhook is not None:
         outcome = with_opinion(spec.analysis, state.analysis, outcome, opinion)
     return replace(state, analysis=outcome.analysis, outcome=outcome)
+
+
+def _alone(spec: CanarySpec, stands: CanaryState | None) -> bool:
+    """Whether every router sends all requests to the new revision."""
+    if stands is None or stands.since is None:
+        return False
+    return spec.steps[min(stands.step, len(spec.steps) - 1)].weight == WHOLE
 
 
 def _in_force(observed: Observed) -> Mapping[str, int] | None:
