@@ -283,6 +283,8 @@ def test_a_stop_token_ends_a_sequence_whose_next_step_runs(tmp_path: Path) -> No
     phases: list[str] = []
     ours = create_in_process(tmp_path, chosen, lambda phase, seconds: phases.append(phase))
     assert isinstance(ours, GpuExecutor) and phases == ["load", "kv", "warm-up"]
+    ours.warm_up(5)
+    assert ours.warm_up_rate > 0
     engine = Engine(ours, chosen)
     prompt = families.prompts(3, 14)[0]
     free = tokens_of(run(engine, [request("free", prompt, 5)])["free"])
@@ -291,6 +293,32 @@ def test_a_stop_token_ends_a_sequence_whose_next_step_runs(tmp_path: Path) -> No
     assert tokens_of(deltas) == free[: free.index(stop) + 1]
     assert deltas[-1].finish is FinishReason.STOP
     assert engine.load().blocks_used == 0
+    ours.close()
+    ours.close()  # a second time is fine
+
+
+class _WithoutGraphs(HostDevice):
+    """A device that records nothing."""
+
+    def capture(self, run: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the fake device")
+def test_what_cannot_be_recorded_is_computed_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Kernel by kernel, with a line in the log for each that is not, and the same tokens."""
+    model = small()
+    model.save_pretrained(tmp_path)
+    ours = executor(tmp_path, _WithoutGraphs(1 << 30))
+    prompt = families.prompts(6, 7)[0]
+    tokens = tokens_of(run(Engine(ours, config()), [request("a", prompt, 3)])["a"])
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0]
+    assert logits.argmax(-1)[len(prompt) - 1 : -1].tolist() == tokens
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 2 and "forward pass of 1 rows is not recorded: operation" in said[0]
     ours.close()
 
 

@@ -33,6 +33,8 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
         ("auto", "triton", False, INTERPRETED, "interpreter"),
         ("cpu", "triton", True, INTERPRETED, "interpreter"),
         ("auto", "auto", False, INTERPRETED, None),
+        ("auto", "auto", True, INTERPRETED, None),
+        ("auto", "triton", True, INTERPRETED, "interpreter"),
     ],
 )
 def test_settings_and_machine_choose(
@@ -59,6 +61,12 @@ def test_what_contradicts_itself_is_refused(
     """The message names both sides and a way out."""
     with pytest.raises(ValueError, match=message):
         chosen_device(EngineConfig(device=device, backend=backend), cuda, PLAIN)
+
+
+def test_the_interpreter_is_for_the_whole_process() -> None:
+    """A GPU cannot be had beside it."""
+    with pytest.raises(ValueError, match="device is cuda, but TRITON_INTERPRET=1"):
+        chosen_device(EngineConfig(device="cuda"), True, INTERPRETED)
 
 
 def test_the_interpreter_has_no_bfloat16() -> None:

@@ -13,6 +13,7 @@ from shoal.worker.gpu.steps import (
     decode_rows,
     graph_sizes,
     history_parts,
+    joined,
     mixed_step,
     padded,
 )
@@ -72,6 +73,15 @@ def test_a_mixed_step_says_whose_each_token_is() -> None:
     assert step.wanted.tolist() == [0, 3, 1, 2]  # two that draw, then the prompt's first two
     assert step.chosen.tolist() == [11, 12]
     assert (step.max_queries, step.max_length) == (4, 33)
+
+
+def test_what_goes_to_the_device_lies_on_16_bytes() -> None:
+    """Each row begins at an even place, so that kernels are compiled for one alignment; arrays of
+    nothing take no place."""
+    arrays = [np.arange(3), np.zeros((3, 0), np.int64), np.arange(6).reshape(2, 3), np.zeros(0)]
+    flat, sizes = joined([array.astype(np.int64) for array in arrays])
+    assert flat.tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 3, 4, 5, 0]
+    assert sizes == [4, 0, 8, 0]
 
 
 def test_graphs_have_few_sizes() -> None:

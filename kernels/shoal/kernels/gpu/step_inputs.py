@@ -60,7 +60,7 @@ class DecodeRows:
         )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["step_width"])
 def _gather_kernel(
     step,
     tokens,
@@ -69,7 +69,7 @@ def _gather_kernel(
     places,
     lengths,
     row_tables,
-    rows,
+    step_width,
     positions_width,
     blocks_width,
     row_width,
@@ -79,8 +79,8 @@ def _gather_kernel(
 ):
     row = tl.program_id(0)
     slot = tl.load(step + row)
-    position = tl.load(step + rows + row)
-    fresh = tl.load(step + 2 * rows + row)
+    position = tl.load(step + step_width + row)
+    fresh = tl.load(step + 2 * step_width + row)
     used = slot != padding
     last = position // BLOCK_SIZE
     first = tl.program_id(1).to(tl.int64) * BLOCK
@@ -103,12 +103,14 @@ def _gather_kernel(
             tl.store(ids + row, token.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _relay_kernel(step, drawn, tokens, rows, positions_width, padding, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "step_width"])
+def _relay_kernel(
+    step, drawn, tokens, rows, step_width, positions_width, padding, BLOCK: tl.constexpr
+):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     slot = tl.load(step + row, mask=inside, other=0)
-    position = tl.load(step + rows + row, mask=inside, other=0)
+    position = tl.load(step + step_width + row, mask=inside, other=0)
     token = tl.load(drawn + row, mask=inside, other=0)
     place = tokens + slot * positions_width + position + 1
     tl.store(place, token.to(tl.int32), mask=inside & (slot != padding))
@@ -117,13 +119,13 @@ def _relay_kernel(step, drawn, tokens, rows, positions_width, padding, BLOCK: tl
 def gather_decode(step: Tensor, state: SlotRows, block_size: int, out: DecodeRows) -> None:
     """Reads what each row of a decode step computes, and enters new blocks into the tables.
 
-    step [3, rows] int64: slot, position of the token to compute, and the block that it begins (0:
-    none, it goes on in the last one). Rows of one step have distinct slots, but for padding, at
-    position 0.
+    step [3, rows] int64, each row dense: slot, position of the token to compute, and the block that
+    it begins (0: none, it goes on in the last one). Rows of one step have distinct slots, but for
+    padding, at position 0.
     """
     rows = out.ids.shape[0]
     blocks = state.tables.shape[1]
-    expect("step", step, (3, rows), torch.int64, dense=2)
+    expect("step", step, (3, rows), torch.int64)
     expect("state.tokens", state.tokens, (None, None), torch.int32, dense=2)
     expect("state.tables", state.tables, (None, None), torch.int32, dense=2)
     expect("out.tables", out.tables, (rows, blocks), torch.int32, dense=1)
@@ -136,7 +138,7 @@ def gather_decode(step: Tensor, state: SlotRows, block_size: int, out: DecodeRow
         out.places,
         out.lengths,
         out.tables,
-        rows,
+        step.stride(0),
         state.tokens.stride(0),
         state.tables.stride(0),
         out.tables.stride(0),
@@ -150,12 +152,19 @@ def relay_drawn(step: Tensor, drawn: Tensor, state: SlotRows) -> None:
     """Writes the token that each row drew, drawn [rows] int64, behind the one that it computed;
     step as for `gather_decode`."""
     rows = drawn.shape[0]
-    expect("step", step, (3, rows), torch.int64, dense=2)
+    expect("step", step, (3, rows), torch.int64)
     expect("drawn", drawn, (rows,), torch.int64)
     expect("state.tokens", state.tokens, (None, None), torch.int32, dense=2)
     expect_together(step=step, drawn=drawn, tokens=state.tokens)
     _relay_kernel[(triton.cdiv(rows, 128),)](
-        step, drawn, state.tokens, rows, state.tokens.stride(0), state.padding, BLOCK=128
+        step,
+        drawn,
+        state.tokens,
+        rows,
+        step.stride(0),
+        state.tokens.stride(0),
+        state.padding,
+        BLOCK=128,
     )
 
 
@@ -184,7 +193,9 @@ def variants() -> tuple[Variant, ...]:
     gather = {
         **dict.fromkeys(("step", "ids", "places"), "*i64"),
         **dict.fromkeys(("tokens", "tables", "lengths", "row_tables"), "*i32"),
-        **dict.fromkeys(("rows", "positions_width", "blocks_width", "row_width", "padding"), "i32"),
+        **dict.fromkeys(
+            ("step_width", "positions_width", "blocks_width", "row_width", "padding"), "i32"
+        ),
     }
     ordered = (
         "step",
@@ -194,7 +205,7 @@ def variants() -> tuple[Variant, ...]:
         "places",
         "lengths",
         "row_tables",
-        "rows",
+        "step_width",
         "positions_width",
         "blocks_width",
         "row_width",
@@ -205,6 +216,7 @@ def variants() -> tuple[Variant, ...]:
         "drawn": "*i64",
         "tokens": "*i32",
         "rows": "i32",
+        "step_width": "i32",
         "positions_width": "i32",
         "padding": "i32",
     }

@@ -34,7 +34,12 @@ def chosen_device(
     if device not in DEVICES:
         raise ValueError(f"device is {device!r}, expected " + ", ".join(DEVICES))
     interpreted = environ.get("TRITON_INTERPRET") == "1"
+    cuda = cuda and not interpreted  # the interpreter takes every kernel of the process
     if device == "cuda":
+        if interpreted:
+            raise ValueError(
+                "device is cuda, but TRITON_INTERPRET=1 has kernels run on the CPU: unset it"
+            )
         if not cuda:
             raise ValueError(
                 "device is cuda, but torch sees no such device: choose cpu, or check the driver "
@@ -46,7 +51,7 @@ def chosen_device(
                 "backend auto or triton"
             )
     if backend == "triton":
-        if cuda and device != "cpu" and not interpreted:
+        if cuda and device != "cpu":
             return "cuda"
         if not interpreted:
             raise ValueError(

@@ -156,7 +156,7 @@ class HostDevice:
         """`free_memory`: what the KV cache may be planned with, in bytes."""
         self.home = torch.device("cpu")
         self.name = "interpreter"
-        self.waits = 0  # of the host for an event
+        self.waits = 0  # of the host, for an event or for everything
         self.captures = 0
         self.replays = 0
         self._free = free_memory
@@ -179,7 +179,7 @@ class HostDevice:
         return HostGraph(self, run)
 
     def settle(self) -> None:
-        pass
+        self.waits += 1
 
     def free_memory(self) -> int:
         return self._free

@@ -6,8 +6,8 @@ of decodes is a replayed graph over buffers that stay; any other is queued kerne
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,8 +25,10 @@ from shoal.worker.gpu.steps import (
     MixedStep,
     PromptAsk,
     decode_rows,
+    even,
     graph_sizes,
     history_parts,
+    joined,
     mixed_step,
     padded,
 )
@@ -35,6 +37,15 @@ from shoal.worker.request import SamplingParams
 from shoal.worker.step import Row, SlotInit, StepPlan, StepResult
 
 DEPTH = 2  # a step that runs, and one behind it
+
+
+# One for each kind of draw.
+_EACH_DRAW = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=1.0, presence_penalty=0.1),
+    SamplingParams(temperature=1.0, logit_bias={0: 1.0}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +88,11 @@ class GpuExecutor:
         self._asks: dict[int, PromptAsk] = {}  # by slot
         self._flights: deque[_Flight] = deque()
         # One a step under way: none is written to while the device may still read it.
-        self._staging = [device.pinned(3 * slots, torch.int64) for _ in range(DEPTH)]
-        self._drawn = [device.pinned(2 * slots, torch.int64) for _ in range(DEPTH)]
+        width = even(slots)
+        self._staging = [device.pinned(3 * width, torch.int64) for _ in range(DEPTH)]
+        self._drawn = [device.pinned(2 * width, torch.int64) for _ in range(DEPTH)]
         self._turn = 0
+        self._closed = False
 
     def submit(self, plan: StepPlan) -> None:
         assert len(self._flights) < DEPTH, "no more plans than the depth"
@@ -102,36 +115,45 @@ class GpuExecutor:
         return self.collect()
 
     def warm_up(self, num_tokens: int) -> None:
-        """A prefill, twice since the first compiles, and a decode step, all on the null block,
-        whose content nobody reads."""
-        init = SlotInit(0, (0,) * num_tokens, num_tokens, SamplingParams(temperature=0.0), 0, ())
-        prefill = StepPlan(0, (init,), (), (Row(0, 0, num_tokens, sample=True),))
+        """A prefill, twice since the first compiles, a draw of each kind, and the smallest and the
+        largest step of decodes; all on the null block, whose content nobody reads."""
+        greedy, *others = _EACH_DRAW
+        prefill = _entering((0,), num_tokens, greedy)
         self.execute(prefill)
         started = self._clock()
         self.execute(prefill)
         if (seconds := self._clock() - started) > 0:
             self.warm_up_rate = num_tokens / seconds
         self.execute(StepPlan(1, (), (), (Row(0, num_tokens, 1, sample=True),)))
+        for sampling in others:
+            self.execute(_entering((0,), 1, sampling))
+        everyone = range(len(self._table_len))
+        self.execute(_entering(everyone, 1, greedy))
+        self.execute(StepPlan(1, (), (), tuple(Row(slot, 1, 1, sample=True) for slot in everyone)))
 
     def close(self) -> None:
-        self._device.settle()
+        if self._closed:
+            return
+        self._closed = True
+        with suppress(RuntimeError):  # of a device that is lost
+            self._device.settle()
         self._flights.clear()
-        self._graphs.close()
-        self._model.close()
+        # All that holds memory of the device.
+        del self._graphs, self._sampler, self._model
 
     @contextmanager
     def _dropping_all(self) -> Iterator[None]:
-        """A failure drops all plans under way, once none reads the host's buffers any more. What a
-        device reports of itself (an address that is not there, a fault of its memory) stays with it
-        for good."""
+        """A failure drops all plans under way, once none reads the host's buffers any more. A
+        device that has a fault (an address that is not there, memory that fails) does not get that
+        far, now or later."""
         try:
             yield
-        except torch.AcceleratorError as error:
+        except Exception as error:
             self._flights.clear()
-            raise DeviceLost(f"{self._device.name}: {error}") from error
-        except Exception:
-            self._flights.clear()
-            self._device.settle()
+            try:
+                self._device.settle()
+            except Exception as fault:
+                raise DeviceLost(f"{self._device.name}: {error}") from fault
             raise
 
     def _enter(self, init: tuple[SlotInit, ...]) -> None:
@@ -149,9 +171,10 @@ class GpuExecutor:
         self._table_len[rows[0]] += rows[2] > 0
         count = rows.shape[1]
         size = self._graphs.size_for(count)
-        staging = self._staging[self._turn][: 3 * size]
-        staging.numpy()[:] = padded(rows, size, self._model.state.padding).reshape(-1)
-        self._graphs.step[: 3 * size].copy_(staging, non_blocking=True)
+        width = even(size)
+        staging = self._staging[self._turn][: 3 * width]
+        staging.numpy()[:] = padded(rows, width, self._model.state.padding).reshape(-1)
+        self._graphs.step[: 3 * width].copy_(staging, non_blocking=True)
         self._graphs.forward(size)
         return self._draw(rows[0], size, graph=True)
 
@@ -159,11 +182,11 @@ class GpuExecutor:
         """A step with prefills, queued kernel by kernel."""
         step = mixed_step(plan, self._table_len, self._asks)
         arrays = step.arrays
-        flat = self._device.upload(np.concatenate([array.reshape(-1) for array in arrays]))
+        flat, sizes = joined(arrays)
         parts = [
-            part.view(array.shape)
+            part.view(*array.shape[:-1], even(array.shape[-1]))[..., : array.shape[-1]]
             for part, array in zip(
-                torch.split(flat, [array.size for array in arrays]), arrays, strict=True
+                torch.split(self._device.upload(flat), sizes), arrays, strict=True
             )
         ]
         sampling, chosen = parts[6], parts[8]
@@ -189,8 +212,8 @@ class GpuExecutor:
         copies that bring the tokens to the host."""
         count = len(slots)
         self._graphs.draw(size, self._sampler.kind(slots), graph=graph)
-        drawn = self._drawn[self._turn][: 2 * size]
-        drawn.copy_(self._graphs.drawn[: 2 * size], non_blocking=True)
+        drawn = self._drawn[self._turn][: 2 * even(size)]
+        drawn.copy_(self._graphs.drawn[: 2 * even(size)], non_blocking=True)
         ids, how = drawn_of(drawn, size)
         likeliest = self._sampler.likeliest(
             self._graphs.logits[:count], self._graphs.drawn[:count], slots
@@ -217,3 +240,9 @@ class GpuExecutor:
                 )
             first = end
         return tuple(parts)
+
+
+def _entering(slots: Sequence[int], tokens: int, sampling: SamplingParams) -> StepPlan:
+    """A prefill of so many tokens in each of the slots, on the null block."""
+    init = tuple(SlotInit(slot, (0,) * tokens, tokens, sampling, slot, ()) for slot in slots)
+    return StepPlan(0, init, (), tuple(Row(slot, 0, tokens, sample=True) for slot in slots))

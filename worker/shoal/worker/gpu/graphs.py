@@ -7,6 +7,7 @@ reads and writes the buffers here and nothing else of its own, so that a replay 
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from shoal.kernels.gpu.step_inputs import DecodeRows, relay_drawn
 from shoal.worker.gpu.device import Device, Graph
 from shoal.worker.gpu.model import DeviceModel
 from shoal.worker.gpu.sampler import DeviceSampler, Draw
+from shoal.worker.gpu.steps import even
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,18 @@ log = logging.getLogger(__name__)
 def drawn_of(buffer: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """ids [size] int64 and what became of the rows [size] int32, of a buffer of `Graphs.drawn`'s
     layout."""
-    return buffer[:size], buffer[size : 2 * size].view(torch.int32)[:size]
+    width = even(size)
+    return buffer[:size], buffer[width : 2 * width].view(torch.int32)[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class Unrecorded:
+    """Work that could not be recorded, and is queued kernel by kernel. Implements `Graph`."""
+
+    run: Callable[[], None]
+
+    def replay(self) -> None:
+        self.run()
 
 
 class Graphs:
@@ -38,9 +51,9 @@ class Graphs:
     ) -> None:
         """`sizes` rise; the last holds every step."""
         most, state = sizes[-1], model.state
-        self.step = torch.zeros(3 * most, dtype=torch.int64, device=device.home)
+        self.step = torch.zeros(3 * even(most), dtype=torch.int64, device=device.home)
         # ids as int64, and behind them what became of each row as int32
-        self.drawn = torch.zeros(2 * most, dtype=torch.int64, device=device.home)
+        self.drawn = torch.zeros(2 * even(most), dtype=torch.int64, device=device.home)
         decoder = model.decoder
         self.logits = torch.zeros(
             most, decoder.spec.vocab_size, dtype=decoder.logits_dtype, device=device.home
@@ -62,7 +75,7 @@ class Graphs:
 
     def load(self, rows: Tensor, logits: Tensor) -> None:
         """Rows [3, n] and logits [n, vocab] of a step that was no graph, for `draw`."""
-        self.step[: rows.numel()].copy_(rows.reshape(-1))
+        self._step(rows.shape[1]).copy_(rows)
         self.logits[: len(logits)].copy_(logits)
 
     def draw(self, size: int, kind: Draw, *, graph: bool) -> None:
@@ -72,8 +85,10 @@ class Graphs:
         else:
             self._draw(size, kind)
 
-    def close(self) -> None:
-        self._graphs.clear()
+    def _step(self, size: int) -> Tensor:
+        """[3, size]"""
+        width = even(size)
+        return self.step[: 3 * width].view(3, width)[:, :size]
 
     def _replay(self, size: int, kind: Draw | None, run: Callable[[], None]) -> None:
         graph = self._graphs.get((size, kind))
@@ -81,8 +96,15 @@ class Graphs:
             graph.replay()
             return
         started = self._clock()
-        self._graphs[size, kind] = self._device.capture(run)
         what = "forward pass" if kind is None else f"{kind.value} draw"
+        try:
+            self._graphs[size, kind] = self._device.capture(run)
+        except RuntimeError as error:
+            self._device.settle()  # raises where it is the device that failed
+            log.warning("the %s of %d rows is not recorded: %s", what, size, error)
+            self._graphs[size, kind] = Unrecorded(run)
+            run()
+            return
         log.info(
             "recorded the %s of %d rows in %.2f s, graph %d",
             what,
@@ -92,12 +114,12 @@ class Graphs:
         )
 
     def _forward(self, size: int) -> None:
-        step = self.step[: 3 * size].view(3, size)
+        step = self._step(size)
         normed = self._model.decode(step, self._rows.first(size))
         self.logits[:size].copy_(self._model.decoder.logits(normed))
 
     def _draw(self, size: int, kind: Draw) -> None:
-        step = self.step[: 3 * size].view(3, size)
+        step = self._step(size)
         ids, how = drawn_of(self.drawn, size)
         self._sampler.draw(kind, self.logits[:size], step[0], step[1], ids, how)
         relay_drawn(step, ids, self._model.state)

@@ -19,7 +19,7 @@ class DeviceModel:
     """Queues the kernels of a step; never waits."""
 
     decoder: DeviceDecoder
-    caches: list[KvCache]  # one a layer; let go of by `close`
+    caches: Sequence[KvCache]  # one a layer
     state: SlotRows
     starts: Tensor  # [rows + 1] int32: 0, 1, 2 ..., where every sequence has one query
     max_model_len: int
@@ -62,10 +62,6 @@ class DeviceModel:
             positions, blocks * self.block_size + positions % self.block_size, batch
         )
         return self.decoder.forward(ids.long(), inputs, self.caches, wanted)
-
-    def close(self) -> None:
-        """Lets go of the caches."""
-        self.caches.clear()
 
 
 def device_model(

@@ -4,7 +4,7 @@ A step of decodes is three numbers a row, since the device knows the rest (see
 `shoal.kernels.gpu.step_inputs`); any other step says for each token whose it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +90,23 @@ def decode_rows(plan: StepPlan) -> Ints | None:
                 return None
             out[2, place[grow.slot]] = grow.block_ids[0]
     return out
+
+
+def even(size: int) -> int:
+    """The next even number: int64 that begin there lie on 16 bytes, as kernels are compiled for."""
+    return size + size % 2
+
+
+def joined(arrays: Sequence[Ints]) -> tuple[Ints, list[int]]:
+    """All of them, of one dimension or two, in one, each row on 16 bytes; and how long each is
+    there, to take them apart."""
+    parts = []
+    for array in arrays:
+        rows = array if array.ndim == 2 else array[None]
+        part = np.zeros((len(rows), even(rows.shape[1])), np.int64)
+        part[:, : rows.shape[1]] = rows
+        parts.append(part.reshape(-1))
+    return np.concatenate(parts), [len(part) for part in parts]
 
 
 def padded(rows: Ints, size: int, padding: int) -> Ints:
