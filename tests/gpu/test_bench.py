@@ -67,7 +67,7 @@ def test_a_model_of_random_weights_runs_every_job(tied: bool, device: torch.devi
         asked=5,
         answered=2,
     )
-    seam: Device = CudaDevice() if device.type == "cuda" else HostDevice(1 << 24)
+    seam: Device = CudaDevice() if device.type == "cuda" else HostDevice(1 << 30)
     kind = "cuda" if device.type == "cuda" else "interpreter"
     bench = gpu_models.load(plan, seam, device_precision("float32", kind), LIMITS)
     figures = list(gpu_models.run(bench, float("inf"), lambda name: pytest.fail(name)))
