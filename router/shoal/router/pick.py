@@ -188,8 +188,7 @@ def _least_in_flight(choice: Sequence[Candidate], rng: random.Random) -> Candida
     if len(choice) == 1:
         return choice[0]
     least = min([c.in_flight for c in choice])
-    least_busy = [c for c in choice if c.in_flight == least]
-    return least_busy[0] if len(least_busy) == 1 else rng.choice(least_busy)
+    return rng.choice([c for c in choice if c.in_flight == least])
 
 
 def _rendezvous(session: str, name: str) -> bytes:
