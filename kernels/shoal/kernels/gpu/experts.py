@@ -172,7 +172,8 @@ def multiply_experts(x: Tensor, weight: Matrices, placement: Placement, share: i
 
 def _rows_of_tile(pairs: int, experts: int) -> int:
     """The rows that an expert has if tokens spread evenly, to the next size of a tile."""
-    return min(128, max(16, triton.next_power_of_2(triton.cdiv(pairs, experts))))
+    rows: int = triton.next_power_of_2(triton.cdiv(pairs, experts))
+    return min(128, max(16, rows))
 
 
 def _config(rows: int, outputs: int) -> dict[str, int]:
