@@ -43,6 +43,7 @@ def outcome_shares(below):
     return (below[0], below[1] - below[0], 1 - below[1])
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 4),
     st.integers(1, 4),
@@ -63,6 +64,7 @@ def test_a_look_expects_no_evidence_where_the_canary_is_no_worse(na, nb, first, 
     assert mean <= 1 + 1e-9
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60).filter(any), st.floats(0.01, 4))
 def test_a_bet_by_ranks_never_falls_and_is_about_the_stable_one(known, tilt):
     """What log_e asks of a bet holds for every history; the stable revision's mean ratio is 1."""
@@ -72,6 +74,7 @@ def test_a_bet_by_ranks_never_falls_and_is_about_the_stable_one(known, tilt):
     assert sum(s * r for s, r in zip(score.shares, bet, strict=True)) == pytest.approx(1)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 30), st.integers(0, 29), st.floats(0, 1), st.floats(1.01, 1000))
 def test_a_bet_on_a_tail_is_an_odds_ratio(outcomes, last, rate, odds):
     """Beyond a threshold the ratio is `odds` times that before it."""
@@ -81,6 +84,7 @@ def test_a_bet_on_a_tail_is_an_odds_ratio(outcomes, last, rate, odds):
         assert bet[-1] / bet[0] == pytest.approx(odds)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), shares, st.floats(0.001, 0.999), odds)
 def test_a_canary_alone_is_held_to_its_limit(requests, share, limit, ratio):
     """Without a stable revision, a share of failures up to the limit is no evidence on average."""
