@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal.kernels.flat import Ints
+from shoal.kernels.gpu.logprobs import MOST, logprobs
 from shoal.kernels.gpu.sampling import (
     Bias,
     Entries,
@@ -176,9 +177,14 @@ class DeviceSampler:
         chosen: Tensor,
         start: int = 0,
     ) -> Likeliest:
-        top = min(max(wanted), self._vocab)
         send = self._device.download
-        logprob, rank, ids, values = token_logprobs(logits.float(), chosen, top)
+        top = min(max(wanted), self._vocab)
+        if top <= MOST:
+            # A power of two, so that few kernels are compiled.
+            top = min(1 << (top - 1).bit_length() if top else 0, self._vocab)
+            logprob, rank, ids, values = logprobs(logits, chosen, top)
+        else:
+            logprob, rank, ids, values = token_logprobs(logits.float(), chosen, top)
         return Likeliest(
             owners, wanted, send(chosen), send(logprob), send(rank), send(ids), send(values), start
         )
