@@ -49,7 +49,9 @@ class Reader:
         token = self.access.token.value()
         try:
             connection.request(
-                "GET", path, headers={"Authorization": f"Bearer {token}"} if token else {}
+                "GET",
+                address.path.rstrip("/") + path,
+                headers={"Authorization": f"Bearer {token}"} if token else {},
             )
             answer = connection.getresponse()
             said = answer.read().decode()

@@ -273,3 +273,24 @@ def test_keep_alive_serves_one_request_after_another(core: Any, support: Any) ->
             assert raw.count(b"HTTP/1.1 200") == 1
 
     asyncio.run(main())
+
+
+def test_streams_follow_one_another_on_a_connection(core: Any, support: Any) -> None:
+    """Requests that come at once are streamed one after the other, each whole, and the connection
+    ends where a request asked for that."""
+
+    async def main() -> None:
+        async with support.served(core) as port:
+            body = json.dumps({**CHAT, "stream": True}).encode()
+            raw = await _raw(port, _post(body) + _post(body) + _post(body, b"connection: close"))
+            answers = raw.split(b"HTTP/1.1 200 OK\r\n")[1:]
+            assert len(answers) == 3
+            for answer in answers:
+                head, _, chunks = answer.partition(b"\r\n\r\n")
+                names = [line.partition(b":")[0] for line in head.lower().split(b"\r\n")]
+                assert names.count(b"x-request-id") == names.count(b"transfer-encoding") == 1
+                assert (b"connection: close" in head) == (answer is answers[-1])
+                assert chunks.count(b"data: [DONE]") == 1
+                assert chunks.endswith(b"\r\n0\r\n\r\n")
+
+    asyncio.run(main())

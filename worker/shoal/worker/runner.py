@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_MAX_MODEL_LEN = 8192
-BACKENDS = ("auto", "native", "torch", "triton")
+BACKENDS = ("auto", "native", "torch")  # of a CPU
 QUANTIZATIONS = ("auto", "none", "int8")
 _WARM_UP_TOKENS = 64
 

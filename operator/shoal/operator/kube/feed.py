@@ -35,7 +35,7 @@ class Feed:
             return
         self._read(kind, service)
         if not idle:
-            self._wake(service, _patience(kind, live))
+            self._wake(service, _delay(kind, live))
 
     def lost(self, kind: Kind, gone: Json) -> None:
         """A watch or a list shows that an object is gone, as of its resource version."""
@@ -105,7 +105,7 @@ class Feed:
                     self._wake(service, 0.0)
 
 
-def _patience(kind: Kind, live: Json) -> float:
+def _delay(kind: Kind, live: Json) -> float:
     """Seconds that a look may wait: none for what a person asks for, and what begins to end."""
     if kind is INFERENCE_SERVICES or "deletionTimestamp" in live["metadata"]:
         return 0.0

@@ -23,11 +23,11 @@ def patience(
 ) -> float | None:
     """Seconds that the status has time; None: it has none. `crowd`: many services have something
     to be done."""
-    wait = _patience(service, now, CROWD_SECONDS if crowd else ALONE_SECONDS)
+    wait = _remaining(service, now, CROWD_SECONDS if crowd else ALONE_SECONDS)
     return wait if wait is not None and _starts_well(observed, decided) else None
 
 
-def _patience(service: InferenceService, now: float, longest: float) -> float | None:
+def _remaining(service: InferenceService, now: float, longest: float) -> float | None:
     """Seconds until the service has that age; None where it has, or nobody knows: the clocks of
     two machines may differ."""
     made = service.metadata.creation_timestamp

@@ -49,8 +49,8 @@ class Workers:
         return 0.0 if began is None else self._clock() - began
 
     def crowd(self) -> bool:
-        """Whether many services are looked at right now."""
-        return len(self._running) * _CROWD >= self._limit
+        """Whether many services are looked at right now, beside the one that asks."""
+        return (len(self._running) - 1) * _CROWD >= self._limit
 
     async def run(self) -> None:
         """Works until it is cancelled; then nothing that it began goes on."""

@@ -27,9 +27,8 @@ from shoal.kernels.gpu.norm import (
 )
 from shoal.kernels.gpu.pack4 import Weight4
 from shoal.kernels.gpu.rope import apply_rope_
+from shoal.worker.model.layers import LATENT_EPS
 from shoal.worker.model.spec import DecoderSpec, LatentSpec, LayerSpec, NormKind, QkNorm
-
-LATENT_EPS = 1e-6  # DeepSeek's, whatever the other norms have
 
 Linear = Callable[[Tensor], Tensor]  # [rows, inputs] -> [rows, outputs], of the same dtype
 

@@ -13,7 +13,7 @@ from shoal.kernels.norm import layer_norm, norm_heads_, rms_norm
 from shoal.kernels.rope import apply_rope_
 from shoal.worker.model.spec import DecoderSpec, LatentSpec, LayerSpec, NormKind
 
-_LATENT_EPS = 1e-6  # DeepSeek's, whatever the other norms have
+LATENT_EPS = 1e-6  # DeepSeek's, whatever the other norms have
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class LatentHeads:
     def __call__(self, x: Tensor, turns: Tensor | None) -> Tensor:
         assert turns is not None, "latent attention rotates in every layer"
         latent, count, heads = self.latent, len(x), self.spec.num_heads
-        eps, rotary = torch.tensor(_LATENT_EPS), latent.rotary_dim
+        eps, rotary = torch.tensor(LATENT_EPS), latent.rotary_dim
         narrow = x
         if self.query_down is not None and self.query_norm is not None:
             narrow = rms_norm(self.query_down(x).float(), self.query_norm, eps, x.dtype)
